@@ -1,0 +1,33 @@
+"""Monolithic vision-language models in JAX: train, convert, run and study them.
+
+The public names are the table below. Importing ``monovl_jax`` imports none of them: each is loaded when it is first used, so a
+script that only reads a config does not wait for JAX, and a converter does not need the data pipeline's packages.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+# name -> the module that defines it
+_PUBLIC: dict[str, str] = {}
+
+__all__ = ["__version__", *_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name on first use (PEP 562).
+
+    Raises:
+      AttributeError: no public name is called so; the message lists those that are.
+    """
+    if name not in _PUBLIC:
+        known = ", ".join(sorted(_PUBLIC)) or "none yet"
+        raise AttributeError(f"module 'monovl_jax' has no public name {name!r}; it has: {known}")
+    value = getattr(import_module(_PUBLIC[name]), name)
+    globals()[name] = value  # the next use does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

@@ -1,0 +1,98 @@
+"""Reading pictures that may be missing, broken, huge or outside the data root.
+
+Every failure is a `SampleError` that names the file. Sizes come from the header alone, so that planning decodes no pixel.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+from PIL import Image
+
+from monovl_jax.data.errors import SampleError
+
+MAX_PIXELS = 89_478_485
+"""Largest width * height that is decoded: Pillow's own threshold for a decompression bomb (a quarter GiB of RGB)."""
+
+
+def resolve_image_path(root: str | Path, name: str) -> Path:
+    """The path of picture `name` (relative) under `root`.
+
+    Raises SampleError if `name` is empty, absolute, contains `..`, or leads out of `root` through a symbolic link.
+    A missing file is not an error here.
+    """
+    if not isinstance(name, str) or not name.strip() or "\0" in name:
+        raise SampleError(f"image path {name!r} is empty or not text; give a path relative to the image root.")
+    if os.path.isabs(name) or name.startswith(("\\", "~")) or (len(name) > 1 and name[1] == ":"):
+        raise SampleError(f"image path {name!r} is absolute; give a path relative to the image root {root}.")
+    if ".." in name.replace("\\", "/").split("/"):
+        raise SampleError(f"image path {name!r} contains '..' and may leave the image root; give a path inside {root}.")
+    real_root = os.path.realpath(root)
+    path = os.path.realpath(os.path.join(real_root, name))
+    if path != real_root and not path.startswith(real_root.rstrip(os.sep) + os.sep):
+        raise SampleError(f"image path {name!r} leaves the image root {root} through a symbolic link; copy the file into the root.")
+    return Path(path)
+
+
+def _open(path: str | Path, max_pixels: int) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(path)
+    except FileNotFoundError:
+        raise SampleError(f"image {path} does not exist; correct the path or the image root.") from None
+    except IsADirectoryError:
+        raise SampleError(f"image {path} is a folder; give the path of a picture.") from None
+    except Image.DecompressionBombError:
+        raise SampleError(_too_large(path, "more than 178 million pixels", max_pixels)) from None
+    except Image.UnidentifiedImageError:
+        size = os.path.getsize(path) if os.path.isfile(path) else 0
+        if size == 0:
+            raise SampleError(f"image {path} is empty (0 bytes); copy it again.") from None
+        raise SampleError(f"image {path} ({size} bytes) is in no format that Pillow reads; convert it to PNG or JPEG.") from None
+    except (OSError, ValueError, SyntaxError, EOFError, TypeError, KeyError, IndexError, OverflowError) as error:
+        # Pillow's format plug-ins raise nearly anything on damaged headers.
+        raise SampleError(f"image {path} cannot be opened ({type(error).__name__}: {error}); replace the file.") from None
+    width, height = image.size
+    if width < 1 or height < 1:
+        image.close()
+        raise SampleError(f"image {path} has no pixels ({width} x {height}); replace the file.")
+    if width * height > max_pixels:
+        image.close()
+        raise SampleError(_too_large(path, f"{width} x {height} = {width * height:,} pixels", max_pixels))
+    return image
+
+
+def _too_large(path: str | Path, what: str, max_pixels: int) -> str:
+    return f"image {path} has {what}, the limit is {max_pixels:,}; shrink it or raise max_pixels."
+
+
+def image_size(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(width, height) in pixels from the header of the file.
+
+    Raises SampleError for a missing, empty, unreadable or too large file. A truncated file with a sound header passes.
+    """
+    with _open(path, max_pixels) as image:
+        return image.size
+
+
+def load_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The decoded picture in mode RGB (upstream's `convert('RGB')`; EXIF orientation is ignored, as there).
+
+    Raises SampleError for a missing, empty, unreadable, truncated or too large file.
+    """
+    with _open(path, max_pixels) as image:
+        try:
+            return to_rgb(image)
+        except (OSError, ValueError, SyntaxError, EOFError, TypeError, KeyError, IndexError, OverflowError, MemoryError) as error:
+            raise SampleError(f"image {path} does not decode ({type(error).__name__}: {error}); replace the file.") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The picture in mode RGB, decoded; a copy unless it is RGB already."""
+    if image.mode == "RGB":
+        image.load()
+        return image
+    return image.convert("RGB")

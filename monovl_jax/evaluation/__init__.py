@@ -1,0 +1,1 @@
+"""Measuring a model: parity with recorded outputs, metrics, benchmark readers."""

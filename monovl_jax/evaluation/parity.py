@@ -1,0 +1,280 @@
+"""Runs recorded cases (docs/parity.md) and compares every output that counts with what PyTorch gave."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from monovl_jax.config import ConfigError, ModelConfig, read_config
+from monovl_jax.convert.key_table import tree_to_upstream
+from monovl_jax.convert.weights import WeightsError, load_weights
+from monovl_jax.evaluation.parity_preprocess import Check, run_preprocess_case
+from monovl_jax.inference.generate import abstract_model, greedy
+from monovl_jax.model import Ops
+from monovl_jax.model.vlm import PADDING, TEXT, VISUAL
+from monovl_jax.training.losses import weighted_nll
+
+MODEL_GROUPS = ("mono_internvl", "mono_internvl_1_5")
+IGNORED_LABEL = -100
+
+Arrays = dict[str, np.ndarray]
+
+
+class UnknownCase(ValueError):
+    """A case that this program does not understand; the message says what and where."""
+
+
+def run_case(folder: str | Path) -> list[Check]:
+    """Runs one case in float32 on the default device and returns one Check per compared output.
+
+    Raises UnknownCase for a folder, group, input or output that is not understood, ConfigError or WeightsError for a broken model.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UnknownCase(f"{folder} is no folder; give the folder of a recorded case")
+    case = _case_json(folder)
+    if case is None or "compare" not in case:
+        try:
+            return run_preprocess_case(folder)
+        except ValueError as error:
+            raise UnknownCase(str(error)) from None
+    if case.get("group") not in MODEL_GROUPS:
+        raise UnknownCase(f"{folder / 'case.json'}: group {case.get('group')!r} is not supported; known: preprocess, {', '.join(MODEL_GROUPS)}")
+    return _ModelCase(folder, case).checks()
+
+
+def _case_json(folder: Path) -> dict[str, Any] | None:
+    path = folder / "case.json"
+    if not path.is_file():
+        return None
+    try:
+        case = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UnknownCase(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(case, dict):
+        raise UnknownCase(f"{path}: expected an object")
+    return case
+
+
+def _arrays(path: Path) -> Arrays:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise UnknownCase(f"{path} is no readable .npz file of plain arrays ({error})") from None
+
+
+class _ModelCase:
+    """One recorded case of a model: its inputs, its weights and how each recorded output is made."""
+
+    def __init__(self, folder: Path, case: dict[str, Any]):
+        self.folder, self.case = folder, case
+        self.inputs, self.recorded = _arrays(folder / "inputs.npz"), _arrays(folder / "outputs.npz")
+        if not any(name.endswith("input_ids") for name in self.inputs):
+            raise UnknownCase(f"{folder / 'inputs.npz'}: there is no input_ids")
+        config = read_config(folder)
+        pixels = [a for name, a in self.inputs.items() if name.endswith("pixel_values")]
+        if pixels:
+            side = pixels[0].shape[-1]
+            config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, tile_size=side))
+        self.config: ModelConfig = config
+        self.ops = Ops(dtype=jnp.float32)
+        self.graphdef, _ = abstract_model(config)
+        self.params = jax.tree.map(jnp.asarray, load_weights(folder, config, np.float32))
+        self.memo: dict[str, Any] = {}
+
+    # ---- inputs
+
+    def _input(self, name: str, prefix: str = "") -> np.ndarray | None:
+        return self.inputs.get(prefix + name)
+
+    def _batch(self, prefix: str = "") -> dict[str, np.ndarray]:
+        """The recorded inputs as a batch: the tiles of the whole batch, in order, fill the visual slots of its rows, in order."""
+        ids = self._input("input_ids", prefix)
+        if ids is None or ids.ndim != 2:
+            raise UnknownCase(f"{self.folder / 'inputs.npz'}: {prefix}input_ids is missing or not [rows, tokens]")
+        rows, length = ids.shape
+        mask = self._input("attention_mask", prefix)
+        mask = np.ones_like(ids) if mask is None else mask
+        positions = self._input("position_ids", prefix)
+        positions = np.broadcast_to(np.arange(length), ids.shape) if positions is None else positions
+        context = self.case.get("img_context_token_id", self.inputs.get(prefix + "img_context_token_id"))
+        if context is None:
+            raise UnknownCase(f"{self.folder / 'case.json'}: img_context_token_id is missing")
+        visual = ids == int(context)
+        batch = {
+            "tokens": ids.astype(np.int32),
+            "token_types": np.where(visual, VISUAL, np.where(mask != 0, TEXT, PADDING)).astype(np.int8),
+            "positions": positions.astype(np.float32),
+            "segment_ids": (mask != 0).astype(np.int32),
+        }
+        tiles = self._tiles(prefix)
+        if tiles is None or not visual.any():
+            if visual.any():
+                raise UnknownCase(f"{self.folder}: the prompt has {int(visual.sum())} visual slots but no pixel_values")
+            return batch
+        v = self.config.vision.tokens_per_tile
+        if visual.sum() != len(tiles) * v:
+            raise UnknownCase(
+                f"{self.folder}: {int(visual.sum())} visual slots for {len(tiles)} flagged tiles of {v} visual tokens; they must agree"
+            )
+        first = np.concatenate([[0], np.cumsum(visual.sum(1))])
+        spans = [(int(a) // v, -(-int(b) // v)) for a, b in zip(first[:-1], first[1:], strict=True)]
+        k = max(1, max(b - a for a, b in spans))
+        batch["tiles"] = np.zeros((rows, k, *tiles.shape[1:]), tiles.dtype)
+        batch["visual_index"] = np.full(ids.shape, -1, np.int32)
+        batch["visual_slot"] = np.full((rows, k * v), -1, np.int32)
+        for row, (a, b) in enumerate(spans):
+            where = np.flatnonzero(visual[row])
+            own = int(first[row]) - a * v + np.arange(len(where))
+            batch["tiles"][row, : b - a] = tiles[a:b]
+            batch["visual_index"][row, where] = own
+            batch["visual_slot"][row, own] = where
+        return batch
+
+    def _pixels(self, prefix: str = "") -> np.ndarray | None:
+        """Normalised float32 [n, H, W, 3], or uint8 as it is."""
+        pixels = self._input("pixel_values", prefix)
+        if pixels is None:
+            return None
+        if pixels.ndim != 4 or 3 not in (pixels.shape[1], pixels.shape[-1]):
+            raise UnknownCase(f"{self.folder / 'inputs.npz'}: pixel_values has shape {pixels.shape}; expected [tiles, 3, H, W]")
+        return pixels.transpose(0, 2, 3, 1) if pixels.shape[1] == 3 else pixels
+
+    def _tiles(self, prefix: str) -> np.ndarray | None:
+        pixels, flags = self._pixels(prefix), self._input("image_flags", prefix)
+        if pixels is None:
+            return None
+        return pixels if flags is None else pixels[np.asarray(flags).reshape(-1) == 1]
+
+    # ---- outputs
+
+    def _once(self, name: str, make: Callable[[], Any]) -> Any:
+        if name not in self.memo:
+            self.memo[name] = make()
+        return self.memo[name]
+
+    def _logits(self, prefix: str = "") -> np.ndarray:
+        def run(params, batch):
+            model = nnx.merge(self.graphdef, params)
+            return model.logits(model(batch, self.ops)[0], self.ops)
+
+        logits = self._once("logits" + prefix, lambda: np.asarray(jax.jit(run)(self.params, self._batch(prefix))))
+        return logits[..., : self.config.decoder.vocab_size]
+
+    def _vit_embeds(self) -> np.ndarray:
+        def run(params, pixels):
+            return nnx.merge(self.graphdef, params).visual_tokens(pixels[None], self.ops)[0]
+
+        pixels = self._pixels()
+        if pixels is None:
+            raise UnknownCase(f"{self.folder}: vit_embeds is compared but there are no pixel_values")
+        tokens = np.asarray(jax.jit(run)(self.params, pixels))
+        return tokens.reshape(len(pixels), -1, tokens.shape[-1])
+
+    def _loss_and_gradients(self, weighted: bool) -> tuple[float, Arrays]:
+        labels, weights = self._input("labels"), self._input("loss_weight")
+        if labels is None or (weighted and weights is None):
+            raise UnknownCase(f"{self.folder}: a loss is compared, but inputs.npz has no {'loss_weight' if weighted else 'labels'}")
+        shifted = labels[:, 1:]
+        supervised = shifted != IGNORED_LABEL
+        w = weights[:, 1:].astype(np.float32) if weighted and weights is not None else supervised.astype(np.float32)
+        total = w.sum()
+        last = ((0, 0), (0, 1))
+        targets, w = np.pad(np.where(supervised, shifted, 0), last), np.pad(w * supervised, last)
+        batch = self._batch()
+
+        def loss(params):
+            model = nnx.merge(self.graphdef, params)
+            hidden, _ = model(batch, self.ops)
+            flat = hidden.reshape(-1, hidden.shape[-1])
+            vocab = self.config.decoder.vocab_size
+            return weighted_nll(flat, model.decoder.head_kernel(), targets.reshape(-1), w.reshape(-1), vocab) / total
+
+        value, gradients = jax.jit(jax.value_and_grad(loss))(self.params)
+        return float(value), dict(tree_to_upstream(self.config, jax.device_get(gradients)))
+
+    def _generated(self) -> dict[str, np.ndarray]:
+        ids = self.recorded.get("generated_ids", self.recorded.get("gen_scores"))
+        if ids is None:
+            raise UnknownCase(f"{self.folder / 'outputs.npz'}: a generation is compared, but neither generated_ids nor gen_scores is there")
+        steps = self.recorded["generated_ids"].shape[1] if "generated_ids" in self.recorded else ids.shape[0]
+        batch = self._batch()
+        mask = batch["segment_ids"]
+        batch["positions"] = np.where(mask, np.cumsum(mask, axis=1) - 1, 1).astype(np.float32)
+        batch["key_length"] = np.int32(mask.shape[1])
+        eos = (self.case.get("generate") or {}).get("eos", [])
+        stop = np.asarray(eos, np.int32).reshape(-1)
+        made = greedy(
+            self.graphdef,
+            self.params,
+            batch,
+            stop,
+            np.int32(self.case.get("pad_token_id", 0)),
+            ops=self.ops,
+            max_new_tokens=steps,
+            keep_scores=True,
+        )
+        assert made.scores is not None
+        n = int(made.steps)
+        return {"generated_ids": np.asarray(made.ids)[:, :n], "gen_scores": np.asarray(made.scores)[:n]}
+
+    def _output(self, name: str) -> np.ndarray:
+        if name.startswith("grad:"):
+            gradients = self._once("loss", lambda: self._loss_and_gradients(False))[1]
+            if name[5:] not in gradients:
+                raise UnknownCase(f"{self.folder / 'case.json'}: {name} names no tensor of this model")
+            return gradients[name[5:]]
+        if name in ("loss", "loss_weighted"):
+            return np.float32(self._once(name, lambda: self._loss_and_gradients(name == "loss_weighted"))[0])
+        if name in ("generated_ids", "gen_scores"):
+            return self._once("generated", self._generated)[name]
+        if name == "vit_embeds":
+            return self._vit_embeds()
+        if name == "logits":
+            return self._logits()
+        for prefix in {n.removesuffix("input_ids") for n in self.inputs if n.endswith("input_ids")} - {""}:
+            if name == f"logits_{prefix.rstrip('_')}" or name.startswith(f"logits_{prefix}"):
+                return self._logits(prefix)
+        raise UnknownCase(f"{self.folder / 'case.json'}: do not know how to compute the output {name!r}")
+
+    def _valid(self, name: str, shape: tuple[int, ...]) -> np.ndarray | None:
+        """Where attention_mask is 1, for outputs per token; elsewhere values are arbitrary."""
+        for prefix in [""] + [n.removesuffix("attention_mask") for n in self.inputs]:
+            mask = self.inputs.get(prefix + "attention_mask")
+            if mask is not None and name.startswith("logits") and (not prefix or prefix in name + "_") and mask.shape == shape[:2]:
+                return mask != 0
+        return None
+
+    def checks(self) -> list[Check]:
+        return [self._check(name, rule) for name, rule in self.case["compare"].items()]
+
+    def _check(self, name: str, rule: dict[str, Any]) -> Check:
+        if name not in self.recorded:
+            raise UnknownCase(f"{self.folder / 'outputs.npz'}: {name!r} is compared, but not recorded")
+        if not (rule.get("exact") or {"atol", "rtol"} & rule.keys()):
+            raise UnknownCase(f"{self.folder / 'case.json'}: compare[{name!r}] is {rule!r}; expected exact, or atol and rtol")
+        want, got = self.recorded[name], np.asarray(self._output(name))
+        tolerance = "exact" if rule.get("exact") else f"atol {rule.get('atol', 0):g} rtol {rule.get('rtol', 0):g}"
+        if want.shape != got.shape:
+            return Check(name, float("inf"), tolerance, False, f"shape {got.shape}, recorded {want.shape}")
+        valid = self._valid(name, want.shape)
+        if valid is not None:
+            want, got = want[valid], got[valid]
+        difference = np.abs(got.astype(np.float64) - want.astype(np.float64))
+        largest = float(difference.max(initial=0.0))
+        limit = 0.0 if rule.get("exact") else rule.get("atol", 0.0) + rule.get("rtol", 0.0) * np.abs(want.astype(np.float64))
+        return Check(name, largest, tolerance, bool(np.all(difference <= limit)))
+
+
+EXPECTED_ERRORS = (UnknownCase, ConfigError, WeightsError)
+"""What a broken case may raise; a caller prints the message and exits with 2."""

@@ -1,0 +1,1 @@
+"""Running a model: prompts to batches, prefill, decode."""

@@ -1,0 +1,42 @@
+"""What depends on the machine and the run, as one frozen dataclass. A mesh or a faster kernel is another `Ops`, never another model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+import pallas_kernels
+from monovl_jax.model.attention import packed_causal_attention
+
+Remat = Literal["none", "save_projections", "full"]
+
+
+def _no_constraint(x: jax.Array, kind: str) -> jax.Array:
+    del kind
+    return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Ops:
+    """How the model computes. The defaults run anywhere on one device.
+
+    dtype: of activations and of the weights in a matmul; norms, softmax, rotary tables and logits are float32 regardless.
+    remat: what the backward pass of a layer recomputes: nothing, all but attention output, gate and up, or everything.
+    constrain: called as constrain(array, kind) with kind 'tokens' | 'logits' | 'heads'; a mesh places arrays there.
+    """
+
+    dtype: Any = jnp.float32
+    remat: Remat = "none"
+    attention: Callable[..., jax.Array] = packed_causal_attention
+    make_routing: Callable[..., pallas_kernels.Routing] = pallas_kernels.make_routing
+    routed_linear: Callable[..., jax.Array] = pallas_kernels.routed_linear
+    routed_swiglu: Callable[..., jax.Array] = pallas_kernels.routed_swiglu
+    constrain: Callable[[jax.Array, str], jax.Array] = _no_constraint
+
+    def __post_init__(self) -> None:
+        if self.remat not in ("none", "save_projections", "full"):
+            raise ValueError(f"remat is {self.remat!r}; use 'none', 'save_projections' or 'full'")

@@ -1,0 +1,30 @@
+"""Visual tokens to the width of the language model: LayerNorm, Linear, exact GELU, Linear (upstream modeling_internvl_chat.py:114-119)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from monovl_jax.model.layers import layer_norm, linear
+
+LAYER_NORM_EPS = 1e-5
+
+
+class Projector(nnx.Module):
+    """Parameters: norm_scale, norm_bias [C]; kernel1 [C, D], bias1 [D]; kernel2 [D, D], bias2 [D]."""
+
+    def __init__(self, in_features: int, out_features: int, rngs: nnx.Rngs):
+        c, d = in_features, out_features
+        self.norm_scale = nnx.Param(jnp.ones((c,)))
+        self.norm_bias = nnx.Param(jnp.zeros((c,)))
+        self.kernel1 = nnx.Param(jax.random.normal(rngs.params(), (c, d)) * c**-0.5)
+        self.bias1 = nnx.Param(jnp.zeros((d,)))
+        self.kernel2 = nnx.Param(jax.random.normal(rngs.params(), (d, d)) * d**-0.5)
+        self.bias2 = nnx.Param(jnp.zeros((d,)))
+
+    def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b d"]:
+        x = layer_norm(x, self.norm_scale[...], self.norm_bias[...], LAYER_NORM_EPS)
+        x = jax.nn.gelu(linear(x, self.kernel1[...], self.bias1[...]), approximate=False)
+        return linear(x, self.kernel2[...], self.bias2[...])

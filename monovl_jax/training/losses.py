@@ -1,0 +1,78 @@
+"""Next-token cross entropy that computes logits only for supervised tokens, a chunk at a time."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+LOGITS_PER_CHUNK = 2**24
+MAX_CHUNK = 512
+
+
+def _chunk_rows(rows: int, vocab: int) -> int:
+    return min(rows, max(128, min(MAX_CHUNK, LOGITS_PER_CHUNK // vocab)))
+
+
+def _loss_and_gradients(h, head, targets, weights, vocab_size):
+    """Sum of weights * nll, and its gradients with respect to h and head, in one pass over the supervised rows."""
+    rows, vocab = h.shape[0], head.shape[1]
+    chunk = _chunk_rows(rows, vocab)
+    supervised = weights != 0
+    place = jnp.where(supervised, jnp.cumsum(supervised, dtype=jnp.int32) - 1, rows + chunk)
+    order = jnp.full((rows + chunk,), rows, jnp.int32).at[place].set(jnp.arange(rows, dtype=jnp.int32), mode="drop")
+    count = jnp.sum(supervised, dtype=jnp.int32)
+    in_vocabulary = jnp.arange(vocab) < vocab_size
+    head_cast = head.astype(h.dtype)
+
+    def body(i, carry):
+        total, dh, dhead = carry
+        mine = jax.lax.dynamic_slice_in_dim(order, i * chunk, chunk)
+        take = partial(jnp.take, indices=mine, axis=0, mode="fill", fill_value=0)
+        x, y, w = take(h), take(targets), take(weights)
+        logits = jnp.matmul(x, head_cast, preferred_element_type=jnp.float32)
+        logits = jnp.where(in_vocabulary, logits, -jnp.inf)
+        top = jnp.max(logits, axis=-1, keepdims=True)
+        e = jnp.exp(logits - top)
+        z = jnp.sum(e, axis=-1, keepdims=True)
+        target = y[:, None] == jnp.arange(vocab)
+        nll = (jnp.log(z) + top)[:, 0] - jnp.sum(jnp.where(target, logits, 0), axis=-1)
+        dlogits = ((e / z - target) * w[:, None]).astype(h.dtype)
+        dx = jnp.matmul(dlogits, head_cast.T, preferred_element_type=jnp.float32).astype(h.dtype)
+        dhead = dhead + jnp.matmul(x.T, dlogits, preferred_element_type=jnp.float32)
+        return total + jnp.sum(w * jnp.where(w != 0, nll, 0)), dh.at[mine].set(dx, mode="drop"), dhead
+
+    init = (jnp.float32(0), jnp.zeros_like(h), jnp.zeros(head.shape, jnp.float32))
+    return jax.lax.fori_loop(0, (count + chunk - 1) // chunk, body, init)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def weighted_nll(
+    h: Float[Array, "n d"], head: Float[Array, "d v"], targets: Int[Array, " n"], weights: Float[Array, " n"], vocab_size: int
+) -> Float[Array, ""]:
+    """float32 sum over tokens of weights * -log p(target).
+
+    Args:
+      h: final hidden states in the compute dtype.
+      head: output projection over the padded vocabulary; columns from `vocab_size` on take no part.
+      targets: int ids, already shifted. weights: float32; rows of weight 0 cost nothing.
+
+    The forward pass computes the gradients along the way, so that logits are made once and never stored. A gradient nobody asks for (a frozen
+    head) is removed by the compiler.
+    """
+    return _loss_and_gradients(h, head, targets, weights, vocab_size)[0]
+
+
+def _fwd(h, head, targets, weights, vocab_size):
+    total, dh, dhead = _loss_and_gradients(h, head, targets, weights, vocab_size)
+    return total, (dh, dhead, jnp.zeros((0,), head.dtype))
+
+
+def _bwd(vocab_size, saved, g):
+    dh, dhead, like = saved
+    return (dh * g).astype(dh.dtype), (dhead * g).astype(like.dtype), None, None
+
+
+weighted_nll.defvjp(_fwd, _bwd)
