@@ -3,9 +3,9 @@
 A conversation becomes messages, one after another: header + text + separator. Every message is tokenised by itself (the
 separators are special tokens, so this equals tokenising the whole string), and the mask is set while concatenating:
 
-    internlm2-chat     <s> <|im_start|> system \\n ... <|im_end|> <|im_start|> user \\n Hi <|im_end|> <|im_start|> assistant \\n Hello <|im_end|>
-    supervised          0       0         0     0  0       0            0        0   0  0     0            0           0      0    1       1
-    internvl2_5        the same with "\\n" after every <|im_end|>, which is not supervised
+    internlm2-chat   ... <|im_end|> <|im_start|> user \\n Hi <|im_end|> <|im_start|> assistant \\n Hey <|im_end|>
+    supervised               0            0        0   0  0     0            0           0      0  1      1
+    internvl2_5      the same with "\\n" after every <|im_end|>, which is not supervised
 
 The supervised part begins after as many tokens as the header gives by itself, as upstream counts it.
 `<image>` in a user's text stands for `<img>` + `<IMG_CONTEXT>` * (V * tiles) + `</img>`.
@@ -18,11 +18,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
 from monovl_jax.data.errors import SampleError
+from monovl_jax.data.tokenizer import Tokenizer
 
 IMAGE_PLACEHOLDER = "<image>"
 IMAGE_START, IMAGE_END, IMAGE_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
@@ -80,7 +81,7 @@ _SYSTEM_SHANGHAI = "你是由上海人工智能实验室联合商汤科技开发
 _SYSTEM_WANXIANG = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
 
 
-def _im(name: str, system: str, separator: str, **rules: bool) -> ChatTemplate:
+def _im(name: str, system: str, separator: str, **rules: Any) -> ChatTemplate:
     start = "<|im_start|>"
     headers = f"{start}system\n", system, f"{start}user\n", f"{start}assistant\n"
     return ChatTemplate(name, *headers, separator, stop="<|im_end|>", **rules)
@@ -97,14 +98,6 @@ TEMPLATES: dict[str, ChatTemplate] = {
     )
 }
 """The four recorded templates of upstream, and `compact` for tiny models (no system message, one token per role)."""
-
-
-class TokenizerLike(Protocol):
-    prefix_ids: tuple[int, ...]
-
-    def encode(self, text: str) -> list[int]: ...
-    def id_of(self, token: str) -> int: ...
-    def stripping(self, token: str) -> tuple[bool, bool]: ...
 
 
 @dataclass(frozen=True)
@@ -128,7 +121,9 @@ def build_prompt(template: ChatTemplate, turns: Sequence[Turn], system: str | No
 
     A text of None or "" only opens its role. `system` replaces the template's system text. `<image>` is left as it is.
     """
-    text = "" if template.system_header is None else template.system_header + (template.system if system is None else system) + template.separator
+    text = ""
+    if template.system_header is not None:
+        text = template.system_header + (template.system if system is None else system) + template.separator
     for turn in turns:
         text += template.header(turn.role) + (turn.text + template.end(turn.role) if turn.text else "")
     return text
@@ -137,7 +132,7 @@ def build_prompt(template: ChatTemplate, turns: Sequence[Turn], system: str | No
 def encode_prompt(
     turns: Sequence[Turn],
     template: ChatTemplate,
-    tokenizer: TokenizerLike,
+    tokenizer: Tokenizer,
     tiles_per_image: Sequence[int] = (),
     visual_tokens_per_tile: int = 0,
     system: str | None = None,
@@ -220,7 +215,7 @@ def _with_placeholder(turns: list[Turn], n_images: int) -> list[Turn]:
 def encode_conversation(
     turns: Sequence[Turn],
     template: ChatTemplate,
-    tokenizer: TokenizerLike,
+    tokenizer: Tokenizer,
     tiles_per_image: Sequence[int] = (),
     visual_tokens_per_tile: int = 0,
     max_length: int | None = None,
@@ -242,7 +237,7 @@ def encode_conversation(
     return _truncated(encoded, max_length, tokenizer)
 
 
-def _truncated(encoded: Encoded, max_length: int, tokenizer: TokenizerLike) -> Encoded:
+def _truncated(encoded: Encoded, max_length: int, tokenizer: Tokenizer) -> Encoded:
     ids = encoded.ids[:max_length]
     if encoded.image_slots:
         context, end = tokenizer.id_of(IMAGE_CONTEXT), tokenizer.id_of(IMAGE_END)
@@ -257,15 +252,14 @@ def _truncated(encoded: Encoded, max_length: int, tokenizer: TokenizerLike) -> E
 def _encode(
     messages: Sequence[_Message],
     template: ChatTemplate,
-    tokenizer: TokenizerLike,
+    tokenizer: Tokenizer,
     tiles_per_image: Sequence[int],
     visual_tokens_per_tile: int,
 ) -> Encoded:
     found = sum(message.text.count(IMAGE_PLACEHOLDER) for message in messages if message.role == "user")
     if found != len(tiles_per_image):
-        raise SampleError(
-            f"the user's texts contain {found} {IMAGE_PLACEHOLDER} for {len(tiles_per_image)} picture(s); write one {IMAGE_PLACEHOLDER} per picture."
-        )
+        have = f"{found} {IMAGE_PLACEHOLDER} for {len(tiles_per_image)} picture(s)"
+        raise SampleError(f"the user's texts contain {have}; write one {IMAGE_PLACEHOLDER} per picture.")
     slots = [tiles * visual_tokens_per_tile for tiles in tiles_per_image]
     ids, supervised, used = list(tokenizer.prefix_ids), [False] * len(tokenizer.prefix_ids), 0
     for message in messages:
@@ -288,7 +282,7 @@ def _encode(
     return Encoded(array, np.asarray(supervised, bool), sum(slots))
 
 
-def _with_images(text: str, slots: Sequence[int], tokenizer: TokenizerLike) -> list[int]:
+def _with_images(text: str, slots: Sequence[int], tokenizer: Tokenizer) -> list[int]:
     """Ids of a text whose placeholders stand for pictures of so many slots.
 
     The texts between are tokenised by themselves, which equals tokenising the expanded string: the image tokens are special.

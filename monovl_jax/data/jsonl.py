@@ -57,7 +57,8 @@ def parse_line(raw: bytes) -> Record:
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise SampleError(f"the line is not UTF-8 (byte {error.start + 1} is 0x{raw[error.start]:02x}); convert the file to UTF-8.") from None
+        where = f"byte {error.start + 1} is 0x{raw[error.start]:02x}"
+        raise SampleError(f"the line is not UTF-8 ({where}); convert the file to UTF-8.") from None
     try:
         entry = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -142,16 +142,15 @@ class _Planner:
         self._check(draws, lengths)
         rows = [draws[row] for row in plan_packs(lengths, self.spec)]
         if not rows:
-            raise ValueError(
-                f"none of {self.window} samples fits a row of {self.spec.tokens} tokens and {self.spec.tiles} tiles; raise the limits of the rows."
-            )
+            limits = f"{self.spec.tokens} tokens and {self.spec.tiles} tiles"
+            raise ValueError(f"none of {self.window} samples fits a row of {limits}; raise the limits of the rows.")
         order = np.random.default_rng([self.seed, 2, at]).permutation(len(rows))
         window = _Window([rows[i] for i in order], self._firsts[at], self.window - sum(map(len, rows)))
         if at == len(self._firsts) - 1:
             self._firsts.append(window.first + len(rows))
         self._kept[at] = window
         while len(self._kept) > _KEPT_WINDOWS:
-            del self._kept[min(self._kept)]
+            del self._kept[next(iter(self._kept))]  # the one planned longest ago
         return window
 
     def _draws(self, at: int) -> np.ndarray:
@@ -181,7 +180,7 @@ class _Planner:
     def _check(self, draws: np.ndarray, lengths: np.ndarray) -> None:
         if not self.strict:
             return
-        for (part, index), (tokens, tiles) in zip(draws, lengths, strict=True):
+        for (part, index), (tokens, tiles) in zip(draws.tolist(), lengths.tolist(), strict=True):
             if not self.spec.fits(tokens, tiles):
                 name = self.parts[part].name or f"number {part}"
                 raise ValueError(
@@ -264,8 +263,13 @@ class Pipeline:
         options = grain.ReadOptions(num_threads=max(1, self.threads), prefetch_buffer_size=max(1, self.prefetch, self.threads))
         batches = dataset.to_iter_dataset(options)
         if self.workers:
+            from absl import flags
+
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl flags, which only absl programs parse
             # One element is one whole batch, so that the number of workers cannot change what is in it.
-            batches = batches.mp_prefetch(grain.multiprocessing.MultiprocessingOptions(self.workers, max(1, self.prefetch // self.workers)))
+            ahead = max(1, self.prefetch // self.workers)
+            batches = batches.mp_prefetch(grain.multiprocessing.MultiprocessingOptions(self.workers, ahead))
         return iter(batches)
 
 
@@ -334,8 +338,8 @@ class _From:
     def __len__(self) -> int:
         return _ENDLESS - self.start
 
-    def __getitem__(self, number: int) -> tuple[Batch, PackStats]:
-        return self.batches[self.start + int(number)]
+    def __getitem__(self, index: int) -> tuple[Batch, PackStats]:
+        return self.batches[self.start + int(index)]
 
 
 def assemble(rows: Sequence[Sequence[Example]], spec: PackSpec, count: int) -> tuple[Batch, PackStats]:
@@ -363,9 +367,10 @@ def one_pass(source: Source, spec: PackSpec, rows: int) -> Iterator[Batch]:
     Raises ValueError if a sample fits no row: a score over a part of the data would mislead.
     """
     lengths = source_lengths(source, np.arange(len(source)))
-    for index, (tokens, tiles) in enumerate(lengths):
+    for index, (tokens, tiles) in enumerate(lengths.tolist()):
         if not spec.fits(tokens, tiles):
-            raise ValueError(f"sample {index} needs {tokens} tokens and {tiles} tiles, a row has {spec.tokens} and {spec.tiles}; raise the limits.")
+            need, have = f"{tokens} tokens and {tiles} tiles", f"{spec.tokens} and {spec.tiles}"
+            raise ValueError(f"sample {index} needs {need}, a row has {have}; raise the limits of the rows.")
     packs = plan_packs(lengths, spec)
     for first in range(0, len(packs), rows):
         examples = [[source[int(index)] for index in pack] for pack in packs[first : first + rows]]

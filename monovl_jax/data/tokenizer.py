@@ -16,7 +16,9 @@ import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
 
 FILES = (
     "tokenizer.json",
@@ -48,13 +50,15 @@ class AddedToken:
     normalized: bool = False
 
 
+@runtime_checkable
 class _Backend(Protocol):
     def encode(self, text: str) -> list[int]: ...
-    def decode(self, ids: Sequence[int], skip_special: bool) -> str: ...
+    def decode(self, ids: list[int], skip_special: bool) -> str: ...
     def id_of(self, token: str) -> int | None: ...
     def token_of(self, index: int) -> str | None: ...
     def size(self) -> int: ...
     def stripping(self, token: str) -> tuple[bool, bool]: ...
+    def content(self) -> bytes: ...
 
 
 class _JsonBackend:
@@ -67,8 +71,8 @@ class _JsonBackend:
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: Sequence[int], skip_special: bool) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special)
+    def decode(self, ids: list[int], skip_special: bool) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=skip_special)
 
     def id_of(self, token: str) -> int | None:
         return self.tokenizer.token_to_id(token)
@@ -81,6 +85,9 @@ class _JsonBackend:
 
     def stripping(self, token: str) -> tuple[bool, bool]:
         return self._strip.get(token, (False, False))
+
+    def content(self) -> bytes:
+        return self.tokenizer.to_str(pretty=True).encode()
 
 
 class _SentencePieceBackend:
@@ -119,9 +126,9 @@ class _SentencePieceBackend:
                 ids.extend(self.pieces.encode(part))
         return ids
 
-    def decode(self, ids: Sequence[int], skip_special: bool) -> str:
+    def decode(self, ids: list[int], skip_special: bool) -> str:
         text, run = [], []
-        for index in map(int, ids):
+        for index in ids:
             token = self.by_id.get(index)
             if token is None and index < self.pieces.get_piece_size():
                 run.append(index)
@@ -147,6 +154,9 @@ class _SentencePieceBackend:
     def stripping(self, token: str) -> tuple[bool, bool]:
         entry = self.added.get(token)
         return (entry.lstrip, entry.rstrip) if entry else (False, False)
+
+    def content(self) -> bytes:
+        return self.pieces.serialized_model_proto() + repr(sorted(self.by_id.items(), key=lambda item: item[0])).encode()
 
 
 class Tokenizer:
@@ -209,9 +219,9 @@ class Tokenizer:
                 self._cache[text] = ids
         return [*self.prefix_ids, *ids] if prefix else list(ids)
 
-    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """Text of the ids; ids outside the vocabulary are left out."""
-        return self._backend.decode(ids, skip_special)
+    def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special: bool = True) -> str:
+        """Text of the ids (a list or an integer array); ids outside the vocabulary are left out."""
+        return self._backend.decode([int(index) for index in ids], skip_special)
 
     def id_of(self, token: str) -> int:
         """The id of one token by name. Raises ValueError if the vocabulary has none."""
@@ -238,11 +248,7 @@ class Tokenizer:
         import hashlib
 
         digest = hashlib.sha256(repr((self.prefix_ids, self._names)).encode())
-        if isinstance(self._backend, _JsonBackend):
-            digest.update(self._backend.tokenizer.to_str().encode())
-        else:
-            digest.update(self._backend.pieces.serialized_model_proto())
-            digest.update(repr(sorted(self._backend.by_id.items())).encode())
+        digest.update(self._backend.content())
         return digest.hexdigest()[:16]
 
     def save(self, path: str | Path) -> None:
@@ -250,7 +256,7 @@ class Tokenizer:
         target = Path(path)
         target.mkdir(parents=True, exist_ok=True)
         if self._folder is None:
-            self._backend.tokenizer.save(str(target / "tokenizer.json"))
+            (target / "tokenizer.json").write_bytes(self._backend.content())
             config = {f"{key}_token": name for key, name in self._names.items() if name}
             (target / "tokenizer_config.json").write_text(json.dumps(config, ensure_ascii=False, indent=2), encoding="utf-8")
             return

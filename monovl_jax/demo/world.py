@@ -90,7 +90,7 @@ SCENE_QUESTIONS = ("what", "where", "count", "colour", "there")
 # ---------------------------------------------------------------------------------------------------------------------------- vocabulary
 PAD, BOS, END, USER, ASSISTANT, IMG, IMG_END, IMG_CONTEXT = range(8)
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<|end|>", "<|user|>", "<|assistant|>", "<img>", "</img>", "<IMG_CONTEXT>")
-OPENERS = ("what", "where", "how", "is", "which", "read", "describe")  # first words of questions: no space before them
+OPENERS = ("what", "where", "how", "is", "which", "read", "describe", "repeat")  # first words of questions: no space before them
 PIECE = r" ?[A-Za-z]+|."  # the pre-tokenizer: a word with the space before it, or one character
 
 
@@ -228,7 +228,8 @@ class Lesson:
     captions: with style "questions", the share of pictures that are described instead.
     tiles: 1 (concept stage: one thing on one tile) or 4.
     objects, letters, lines: how much is in a picture at most; real_words: share of English words, the rest are random letters.
-    turns: questions asked about one picture at most. weights: relative shares of SCENE_QUESTIONS.
+    turns: questions asked about one picture at most. weights: relative shares of SCENE_QUESTIONS. lists: the share of what and where that ask
+    about all things at once ("where is the fox and the cat").
     """
 
     name: str
@@ -242,6 +243,7 @@ class Lesson:
     real_words: float = 0.3
     turns: int = 4
     weights: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0, 1.0)
+    lists: float = 0.0
 
     @functools.cached_property
     def _cumulative(self) -> tuple[tuple[str, float], ...]:
@@ -256,7 +258,7 @@ _PICTURES = (("scene", 0.50), ("digit", 0.18), ("word", 0.25), ("single", 0.07))
 LESSONS: Mapping[str, Lesson] = {
     lesson.name: lesson
     for lesson in (
-        Lesson("language", (("prose", 0.12), ("told", 0.25), ("chart", 0.63))),
+        Lesson("language", (("prose", 0.10), ("drill", 0.30), ("told", 0.25), ("chart", 0.35))),
         Lesson("concept", (("scene", 0.45), ("digit", 0.25), ("word", 0.30)), "name", tiles=1, objects=1, letters=(1, 3), lines=1, real_words=0.0),
         Lesson("semantic", _PICTURES, "both", objects=2, letters=(2, 4), lines=1, real_words=0.0),
         Lesson("alignment", _PICTURES),
@@ -412,6 +414,13 @@ class World:
             if name not in present:
                 return f"is there a {name}", " no"
 
+    def _ask_list(self, kind: str, plan: Plan, places: list[int]) -> tuple[str, str]:
+        """Several questions in one, in random order: the answer is so many look-ups for the price of one turn."""
+        names, spots = [plan.things[p] for p in places], [PLACES[p] for p in places]
+        if kind == "what":
+            return "what is " + " and ".join(spots), " " + " and ".join(names)
+        return "where is the " + " and the ".join(names), " " + " and ".join(spots)
+
     def _empty(self, dice: _Dice, plan: Plan) -> int:
         return dice.choice([p for p in range(4) if p not in plan.things])
 
@@ -431,7 +440,11 @@ class World:
             turns: list[tuple[str, str]] = []
             for i in order[:most]:
                 if keys[i] >= 0:
-                    turns.append(self._ask_scene(dice, SCENE_QUESTIONS[i], plan, about.get(SCENE_QUESTIONS[i])))
+                    kind = SCENE_QUESTIONS[i]
+                    if kind in ("what", "where") and len(places) > 1 and dice.random() < lesson.lists:
+                        turns.append(self._ask_list(kind, plan, dice.shuffled(places)))
+                    else:
+                        turns.append(self._ask_scene(dice, kind, plan, about.get(kind)))
             rest = [p for p in places if p not in about.values()]  # a second round, where many questions are wanted
             for place in rest[: max(0, most - len(turns))]:
                 turns.append(self._ask_scene(dice, dice.choice(("where", "what")), plan, place))
@@ -469,10 +482,22 @@ class World:
         facts.append(f"{plan.colour} ground")
         return " " + ", ".join(dice.shuffled(facts)), plan
 
+    def _drill(self, dice: _Dice) -> tuple[str, str]:
+        """A list to be said again, names or letters: looking something up in the context, with an answer at every token."""
+        if dice.random() < 0.3:
+            letters = "".join([chr(97 + dice.below(26)) for _ in range(dice.between(4, 16))])
+            return f'repeat "{letters}', letters
+        names = "".join([f" {DRAWINGS[d]}" for d in dice.draw(len(DRAWINGS), dice.between(4, 20))])
+        return f"repeat{names}", names
+
     def _chart(self, dice: _Dice, split: str) -> tuple[str, Plan]:
         """One word for every visual token of a picture: tile after tile, row after row, as the decoder will see them."""
         kind = ("scene", "scene", "scene", "digit", "word")[dice.below(5)]
         plan = self._plan(dice, kind, _CHART_TILE if dice.random() < 0.15 else _CHART, split)
+        if plan.tiles > 1 and not plan.words and dice.random() < 0.4:  # a short chart: one or two words for each place
+            size, names = dice.between(1, 2), self._names(plan)
+            blank = f" {plan.colour}"
+            return "[" + "".join((f" {names[p]}" if plan.things else f"{names[p]}") * size if p in names else blank * size for p in range(4)) + "]", plan
         cells = [""] * (plan.tiles * GRID * GRID)
         for p, name in self._names(plan).items():
             name = f" {name}" if plan.things else name
@@ -511,6 +536,8 @@ class World:
                 i = dice.below(len(paragraphs))
                 if _held_prose(i) == (split != "train"):
                     return None, Dialog(paragraphs[i], True, (), None, {"kind": "prose"})
+        if kind == "drill":
+            return None, Dialog("", False, (self._drill(dice),), None, {"kind": "drill", "words": ()})
         if kind in ("told", "chart"):
             context, plan = self._told(dice, split) if kind == "told" else self._chart(dice, split)
             turns = self._turns(dice, plan, _TOLD)
@@ -647,8 +674,8 @@ class World:
         return [self.dialog(lesson, "pair", seed, i) for i in range(n)]
 
 
-_TOLD = Lesson("told", (), turns=8)
-_CHART = Lesson("chart", (), turns=8)
+_TOLD = Lesson("told", (), turns=8, lists=0.6)
+_CHART = Lesson("chart", (), turns=8, lists=0.6)
 _CHART_TILE = Lesson("chart of one tile", (), tiles=1, objects=1, letters=(1, 3), lines=1, real_words=0.0)
 
 

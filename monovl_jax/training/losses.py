@@ -59,8 +59,8 @@ def weighted_nll(
       head: output projection over the padded vocabulary; columns from `vocab_size` on take no part.
       targets: int ids, already shifted. weights: float32; rows of weight 0 cost nothing.
 
-    The forward pass computes the gradients along the way, so that logits are made once and never stored. A gradient nobody asks for (a frozen
-    head) is removed by the compiler.
+    The forward pass computes the gradients along the way, so that logits are made once and never stored. A gradient nobody asks for
+    (a frozen head) is removed by the compiler.
     """
     return _loss_and_gradients(h, head, targets, weights, vocab_size)[0]
 

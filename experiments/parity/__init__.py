@@ -1,0 +1,1 @@
+"""Recording what the PyTorch models compute, for `monovl parity` to compare with."""

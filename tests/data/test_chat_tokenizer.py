@@ -1,0 +1,150 @@
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from monovl_jax.data.chat import TEMPLATES, Turn, build_prompt, encode_conversation, encode_prompt, parse_turns
+from monovl_jax.data.errors import SampleError
+from monovl_jax.data.tokenizer import AddedToken, Tokenizer, _SentencePieceBackend
+from tests.data.helpers import tiny_tokenizer
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "preprocess"
+INTERNLM, QWEN = GOLDEN / "labels_internlm2" / "tokenizer", GOLDEN / "labels_internvl2_5_qwentok" / "tokenizer"
+DIALOG = [Turn("user", "Hello"), Turn("assistant", "Hi"), Turn("user", "And?"), Turn("assistant", "Ok")]
+
+
+def test_compact_marks_answers_and_their_end() -> None:
+    tokenizer = tiny_tokenizer()
+    encoded = encode_conversation(DIALOG, TEMPLATES["compact"], tokenizer)
+    assert tokenizer.decode(encoded.ids, skip_special=False) == "<|user|>Hello<|assistant|>Hi<|end|><|user|>And?<|assistant|>Ok<|end|>"
+    assert tokenizer.decode(encoded.ids[encoded.supervised], skip_special=False) == "Hi<|end|>Ok<|end|>"
+    assert (encoded.labels == np.where(encoded.supervised, encoded.ids, -100)).all()
+
+
+@pytest.mark.parametrize("folder", [INTERNLM, QWEN], ids=["internlm2", "qwen"])
+@pytest.mark.parametrize("name", ["internlm2-chat", "Hermes-2", "internvl2_5"])
+def test_training_ids_continue_the_prompt_and_equal_the_whole_string(folder: Path, name: str) -> None:
+    tokenizer, template = Tokenizer.from_folder(folder), TEMPLATES[name]
+    whole = encode_conversation(DIALOG, template, tokenizer)
+    assert whole.ids.tolist() == tokenizer.encode(build_prompt(template, DIALOG), prefix=True)
+    prompt = encode_prompt(DIALOG[:3], template, tokenizer)
+    assert whole.ids[: len(prompt)].tolist() == prompt.tolist()
+    assert whole.supervised[len(prompt)] and not whole.supervised[len(prompt) - 1]
+
+
+@pytest.mark.parametrize("folder", [INTERNLM, QWEN], ids=["internlm2", "qwen"])
+def test_images_expand_like_the_expanded_string(folder: Path) -> None:
+    tokenizer, template = Tokenizer.from_folder(folder), TEMPLATES["internvl2_5"]
+    turns = [Turn("user", "a <image>\n<image> b"), Turn("assistant", "c")]
+    encoded = encode_conversation(turns, template, tokenizer, [1, 3], 2)
+    text = build_prompt(template, turns).replace("<image>", "<img>" + "<IMG_CONTEXT>" * 2 + "</img>", 1)
+    text = text.replace("<image>", "<img>" + "<IMG_CONTEXT>" * 6 + "</img>", 1)
+    assert encoded.ids.tolist() == tokenizer.encode(text, prefix=True) and encoded.image_slots == 8
+
+
+def test_a_single_picture_goes_first_if_nobody_mentions_it() -> None:
+    tokenizer, template = tiny_tokenizer(), TEMPLATES["compact"]
+    encoded = encode_conversation(DIALOG, template, tokenizer, [1], 2)
+    text = tokenizer.decode(encoded.ids, skip_special=False)
+    assert text.startswith("<|user|><img><IMG_CONTEXT><IMG_CONTEXT></img>\nHello")
+    later = [DIALOG[0], DIALOG[1], Turn("user", "<image>And?"), DIALOG[3]]
+    assert tokenizer.decode(encode_conversation(later, template, tokenizer, [1], 2).ids, skip_special=False).count("<img>") == 1
+
+
+@pytest.mark.parametrize(
+    ("turns", "tiles", "message"),
+    [
+        ([], [], "conversation is empty"),
+        ([Turn("assistant", "x")], [], "conversation is empty"),
+        ([Turn("user", "a"), Turn("user", "b")], [], "do not alternate"),
+        ([Turn("system", "a"), Turn("user", "b")], [], "unknown role 'system'"),
+        ([Turn("user", "<image>"), Turn("assistant", "b")], [], "1 <image> for 0 picture"),
+        ([Turn("user", "<image>"), Turn("assistant", "b")], [1, 1], "1 <image> for 2 picture"),
+        ([Turn("user", "<image><image>"), Turn("assistant", "b")], [1], "2 <image> for 1 picture"),
+        ([Turn("user", "<image><IMG_CONTEXT>"), Turn("assistant", "b")], [1], "contains the token"),
+    ],
+)
+def test_bad_conversations(turns: list[Turn], tiles: list[int], message: str) -> None:
+    with pytest.raises(SampleError, match=message):
+        encode_conversation(turns, TEMPLATES["compact"], tiny_tokenizer(), tiles, 2)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([], "is empty"),
+        ("hi", "instead of a list"),
+        ([{"from": "robot", "value": "x"}], "unknown role 'robot'"),
+        ([{"from": ["x"], "value": "x"}], "unknown role"),
+        ([{"from": "human"}], "lacks"),
+        ([{"from": "human", "value": 3}], "type int"),
+        ([3], "lacks"),
+    ],
+)
+def test_bad_turns(value: object, message: str) -> None:
+    with pytest.raises(SampleError, match=message):
+        parse_turns(value)
+
+
+def test_only_text_is_cut() -> None:
+    tokenizer, template = tiny_tokenizer(), TEMPLATES["compact"]
+    turns = [Turn("user", "<image>ab"), Turn("assistant", "cdefgh")]
+    full = encode_conversation(turns, template, tokenizer, [1], 4)
+    cut = encode_conversation(turns, template, tokenizer, [1], 4, max_length=12)
+    assert cut.truncated and cut.ids.tolist() == full.ids[:12].tolist() and len(cut.supervised) == 12
+    for limit in (3, 6):
+        with pytest.raises(SampleError, match="picture reaches beyond"):
+            encode_conversation(turns, template, tokenizer, [1], 4, max_length=limit)
+
+
+@pytest.mark.parametrize("folder", [INTERNLM, QWEN], ids=["internlm2", "qwen"])
+def test_tokenizer_round_trips_through_save_and_pickle(folder: Path, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_folder(folder)
+    text = "<|im_start|>user\nWhat is the cat? 为什么<|im_end|>"
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids, skip_special=False) == text
+    assert tokenizer.decode(ids) == "user\nWhat is the cat? 为什么"
+    tokenizer.save(tmp_path / "copy")
+    for other in (Tokenizer.from_folder(tmp_path / "copy"), pickle.loads(pickle.dumps(tokenizer))):
+        assert other.encode(text, prefix=True) == tokenizer.encode(text, prefix=True)
+        assert other.fingerprint() == tokenizer.fingerprint() and other.vocab_size == tokenizer.vocab_size
+    assert tokenizer.token_of(tokenizer.id_of("<img>")) == "<img>"
+    with pytest.raises(ValueError, match="has no token"):
+        tokenizer.id_of("<none>")
+
+
+def test_in_memory_tokenizer_saves(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.save(tmp_path)
+    other = Tokenizer.from_folder(tmp_path)
+    assert other.encode("<|user|>a") == tokenizer.encode("<|user|>a") and other.eos_id == tokenizer.eos_id == 3
+
+
+def test_internlm2_puts_one_bos_first_and_older_folders_work(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_folder(INTERNLM)
+    assert tokenizer.prefix_ids == (1,) == (tokenizer.bos_id,) and tokenizer.encode("<s>") == [1]
+    tokenizer.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    older = Tokenizer.from_folder(tmp_path)
+    text = "<|im_start|>user\n a <img></img> b</s>"
+    assert older.encode(text, prefix=True) == tokenizer.encode(text, prefix=True)
+
+
+def test_added_tokens_swallow_space_as_configured() -> None:
+    added = [AddedToken("<a>", 901, lstrip=True, rstrip=True), AddedToken("<w>", 902, single_word=True), AddedToken("<aa>", 903)]
+    backend = _SentencePieceBackend(INTERNLM / "tokenizer.model", added)
+    assert backend.encode("x  <a>  y") == [*backend.encode("x"), 901, *backend.encode("y")]
+    assert 902 in backend.encode("x <w> y") and 902 not in backend.encode("x<w> y")
+    assert backend.encode("<aa>") == [903]
+
+
+def test_folders_without_a_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds neither"):
+        Tokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"x")
+    with pytest.raises(ValueError, match="not a sentencepiece model"):
+        Tokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match="cannot be read"):
+        Tokenizer.from_folder(tmp_path)

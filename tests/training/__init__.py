@@ -1,0 +1,1 @@
+"""Tests of monovl_jax.training."""
