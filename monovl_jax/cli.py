@@ -48,11 +48,43 @@ def parity(cases: Positional[tuple[Path, ...]], *, json_output: Annotated[bool, 
     return code
 
 
-COMMANDS = {"parity": parity}
+def demo(*, run_dir: Path = Path("runs/demo"), quick: bool = False, seed: int = 0) -> int:
+    """Train, score and report the whole job on the embedded world of pictures (docs/demo.md). Rerun to resume.
+
+    Args:
+        run_dir: where checkpoints, logs, metrics.json and report.html go.
+        quick: a run of a minute or two that only shows that everything works.
+        seed: of weights and data.
+    """
+    from monovl_jax.demo.run import demo as run
+    from monovl_jax.training.checkpoint import RunError
+
+    try:
+        result = run(run_dir, quick, seed)
+    except (RunError, ImportError) as error:
+        print(f"monovl demo: {error}", file=sys.stderr)
+        return 2
+    last = list(result["scores"])[-1]
+    for task, value in result["scores"][last].items():
+        print(f"{last}  {task:14s} {value['exact']:5.1f}%  (no picture {value['blind']:.1f}, untrained {value['untrained']:.1f}; n {value['n']})")
+    print(f"report: {run_dir / 'report.html'}")
+    return 0
+
+
+COMMANDS = {"parity": parity, "demo": demo}
+
+
+def _prefer_huge_pages() -> None:
+    """Restarts the process once with huge pages for malloc on Linux: XLA's CPU buffers are large and short-lived, and page faults on
+    them can cost as much as the arithmetic (docs/performance.md)."""
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, [sys.executable, "-m", "monovl_jax.cli", *sys.argv[1:]])
 
 
 def main() -> None:
     """Entry point of the console script."""
+    _prefer_huge_pages()
     sys.exit(tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="monovl", description="Monolithic vision-language models in JAX."))
 
 

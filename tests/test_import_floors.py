@@ -19,7 +19,7 @@ FLOORS = [
     ["model"],
     ["data", "parallel"],
     ["training", "inference", "convert"],
-    ["evaluation"],
+    ["evaluation", "pretrained"],
     ["recipes"],
     ["demo", "planning"],
     ["cli", "experiments"],

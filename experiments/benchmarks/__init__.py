@@ -1,0 +1,1 @@
+"""Speed and agreement measured against plain PyTorch."""

@@ -258,7 +258,7 @@ _PICTURES = (("scene", 0.50), ("digit", 0.18), ("word", 0.25), ("single", 0.07))
 LESSONS: Mapping[str, Lesson] = {
     lesson.name: lesson
     for lesson in (
-        Lesson("language", (("prose", 0.10), ("drill", 0.30), ("told", 0.25), ("chart", 0.35))),
+        Lesson("language", (("prose", 0.08), ("drill", 0.15), ("told", 0.17), ("chart", 0.60))),
         Lesson("concept", (("scene", 0.45), ("digit", 0.25), ("word", 0.30)), "name", tiles=1, objects=1, letters=(1, 3), lines=1, real_words=0.0),
         Lesson("semantic", _PICTURES, "both", objects=2, letters=(2, 4), lines=1, real_words=0.0),
         Lesson("alignment", _PICTURES),
@@ -401,7 +401,7 @@ class World:
                 return f"what is {PLACES[self._empty(dice, plan)]}", " nothing"
             return f"what is {PLACES[place]}", f" {plan.things[place]}"
         if kind == "where":
-            return f"where is the {plan.things[place]}", f" {PLACES[place]}"
+            return f"where is the {plan.things[place]}", f" a {plan.things[place]} {PLACES[place]}"
         if kind == "count":
             return "how many drawings are there", f" {NUMBERS[len(plan.things)]}"
         if kind == "colour":
@@ -414,12 +414,16 @@ class World:
             if name not in present:
                 return f"is there a {name}", " no"
 
-    def _ask_list(self, kind: str, plan: Plan, places: list[int]) -> tuple[str, str]:
+    def _ask_list(self, dice: _Dice, kind: str, plan: Plan, places: list[int]) -> tuple[str, str]:
         """Several questions in one, in random order: the answer is so many look-ups for the price of one turn."""
         names, spots = [plan.things[p] for p in places], [PLACES[p] for p in places]
         if kind == "what":
             return "what is " + " and ".join(spots), " " + " and ".join(names)
-        return "where is the " + " and the ".join(names), " " + " and ".join(spots)
+        if kind == "where":
+            return "where is the " + " and the ".join(names), ",".join(f" a {name} {spot}" for name, spot in zip(names, spots, strict=True))
+        others = [d for d in (dice.choice(DRAWINGS) for _ in range(len(names))) if d not in names]
+        asked = dice.shuffled([(name, "yes") for name in names] + [(d, "no") for d in dict.fromkeys(others)])
+        return "is there a " + " and a ".join(name for name, _ in asked), ",".join(f" a {name} {verdict}" for name, verdict in asked)
 
     def _empty(self, dice: _Dice, plan: Plan) -> int:
         return dice.choice([p for p in range(4) if p not in plan.things])
@@ -441,8 +445,8 @@ class World:
             for i in order[:most]:
                 if keys[i] >= 0:
                     kind = SCENE_QUESTIONS[i]
-                    if kind in ("what", "where") and len(places) > 1 and dice.random() < lesson.lists:
-                        turns.append(self._ask_list(kind, plan, dice.shuffled(places)))
+                    if kind in ("what", "where", "there") and dice.random() < lesson.lists:
+                        turns.append(self._ask_list(dice, kind, plan, dice.shuffled(places)))
                     else:
                         turns.append(self._ask_scene(dice, kind, plan, about.get(kind)))
             rest = [p for p in places if p not in about.values()]  # a second round, where many questions are wanted
@@ -494,7 +498,7 @@ class World:
         """One word for every visual token of a picture: tile after tile, row after row, as the decoder will see them."""
         kind = ("scene", "scene", "scene", "digit", "word")[dice.below(5)]
         plan = self._plan(dice, kind, _CHART_TILE if dice.random() < 0.15 else _CHART, split)
-        if plan.tiles > 1 and not plan.words and dice.random() < 0.4:  # a short chart: one or two words for each place
+        if plan.tiles > 1 and not plan.words and dice.random() < 0.5:  # a short chart: one or two words for each place
             size, names = dice.between(1, 2), self._names(plan)
             blank = f" {plan.colour}"
             return "[" + "".join((f" {names[p]}" if plan.things else f"{names[p]}") * size if p in names else blank * size for p in range(4)) + "]", plan

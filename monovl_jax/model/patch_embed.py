@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,7 +83,7 @@ class PatchEmbed(nnx.Module):
         self.class_embedding = Stored(jnp.zeros((c,)))
         self.class_position = Stored(jnp.zeros((c,)))
 
-    def __call__(self, tiles: Num[Array, "n h w 3"], dtype: jnp.dtype) -> Float[Array, "n v c"]:
+    def __call__(self, tiles: Num[Array, "n h w 3"], dtype: Any) -> Float[Array, "n v c"]:
         """Tiles (uint8, or float32 normalised already) to [n, tokens_per_tile, C * shuffle^2]."""
         config, p = self.config, self.config.patch_size
         n, height, width, _ = tiles.shape

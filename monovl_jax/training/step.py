@@ -156,7 +156,7 @@ def train_step(
     metrics = {
         "loss": _mean(jnp.sum(nlls), total),
         "part_losses": _mean(nlls, weights),
-        "grad_norm": optax.global_norm(gradients),
+        "grad_norm": optax.tree.norm(gradients),
         "learning_rate": optimizer.learning_rate(opt_state),
         "weight": total,
         **counts,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +19,14 @@ from monovl_jax.parallel.sharding import RULES, parameter_shardings, partition_s
 from monovl_jax.training.optimizer import make_optimizer
 from monovl_jax.training.step import BatchError, make_eval_step, make_train_step, micro_batches, place_batch
 from monovl_jax.training.trainable import cast, digests, flatten, merge_trees, model_structure, random_parameters, select, split_tree
-from tests.training.worlds import VISUAL, image_rows, stage, text_rows
+from tests.training.worlds import OPS, VISUAL, image_rows, stage, text_rows
 
 CONFIG = tiny()
 
 
 def naive_nll(model: VLM, part: dict) -> tuple[jax.Array, jax.Array]:
     """(sum of weights * nll, sum of weights) with all logits and log_softmax."""
-    hidden, _ = model(part, Ops())
+    hidden, _ = model(part, OPS)
     logits = (hidden @ model.decoder.head_kernel())[..., : CONFIG.decoder.vocab_size]
     nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), part["targets"][..., None], axis=-1)[..., 0]
     return jnp.sum(nll * part["loss_weights"]), jnp.sum(part["loss_weights"])
@@ -38,10 +40,10 @@ def starting(patterns: tuple[str, ...]) -> tuple:
     return shape.graphdef, tree, *split_tree(tree, chosen)
 
 
-def run(patterns: tuple[str, ...], batch: tuple, accumulation: int = 1, steps: int = 1, learning_rate: float = 1e-2) -> tuple:
+def run(patterns: tuple[str, ...], batch: tuple, accumulation: int = 1, steps: int = 1, ops: Ops = OPS) -> tuple:
     graphdef, _, trainable, frozen = starting(patterns)
-    mesh, optimizer = make_mesh(), make_optimizer(stage(learning_rate=learning_rate, schedule="constant", warmup_steps=0, eps=1e-2))
-    step = make_train_step(graphdef, optimizer, Ops(), trainable, frozen, mesh, accumulation)
+    mesh, optimizer = make_mesh(), make_optimizer(stage(learning_rate=1e-2, schedule="constant", warmup_steps=0, eps=1e-2))
+    step = make_train_step(graphdef, optimizer, ops, trainable, frozen, mesh, accumulation)
     trainable = cast(trainable, jnp.float32, copy=True)
     state, metrics = optimizer.transform.init(trainable), []
     for _ in range(steps):
@@ -55,7 +57,8 @@ def batch() -> tuple:
     return image_rows(CONFIG, 8, 20, 1, seed=1), text_rows(CONFIG, 4, 12, seed=2)
 
 
-def test_loss_and_gradient_equal_full_logits(batch: tuple) -> None:
+@pytest.mark.parametrize("ops", [Ops(), OPS], ids=["default", "plain"])
+def test_loss_and_gradient_equal_full_logits(batch: tuple, ops: Ops) -> None:
     graphdef, _, trainable, frozen = starting((".*",))
 
     def loss(trainable):
@@ -63,7 +66,7 @@ def test_loss_and_gradient_equal_full_logits(batch: tuple) -> None:
         return sum(s for s, _ in sums) / sum(w for _, w in sums)
 
     value, gradients = jax.value_and_grad(loss)(trainable)
-    _, _, _, (metrics,) = run((".*",), batch)
+    _, _, _, (metrics,) = run((".*",), batch, ops=ops)
     assert metrics["loss"] == pytest.approx(float(value), rel=1e-6)
     norm = np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(gradients)))
     assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
@@ -117,7 +120,7 @@ def test_nothing_supervised_changes_nothing() -> None:
 def test_text_only_part_with_and_without_picture_fields() -> None:
     part = text_rows(CONFIG, 4, 12, seed=2)
     routed = {**part, "token_types": np.zeros((4, 12), np.int8)}
-    evaluate = make_eval_step(model_structure(CONFIG).graphdef, Ops())
+    evaluate = make_eval_step(model_structure(CONFIG).graphdef, OPS)
     tree = random_parameters(CONFIG, 0)
     plain, other = evaluate(tree, part), evaluate(tree, (routed,))
     assert float(plain["nll"]) == pytest.approx(float(other["nll"]), rel=1e-6)
@@ -126,7 +129,7 @@ def test_text_only_part_with_and_without_picture_fields() -> None:
 def test_eval_step_sums(batch: tuple) -> None:
     graphdef, tree, _, _ = starting((".*",))
     sums = [naive_nll(nnx.merge(graphdef, tree), part) for part in batch]
-    got = make_eval_step(graphdef, Ops())(tree, batch)
+    got = make_eval_step(graphdef, OPS)(tree, batch)
     assert float(got["nll"]) == pytest.approx(float(sum(s for s, _ in sums)), rel=1e-6)
     assert float(got["weight"]) == pytest.approx(float(sum(w for _, w in sums)), rel=1e-6)
 
@@ -144,7 +147,7 @@ def test_frozen_bfloat16(batch: tuple) -> None:
     """Frozen leaves may be bfloat16 under float32 masters; the compute dtype is that of ops."""
     graphdef, _, trainable, frozen = starting(VISUAL)
     mesh, optimizer = make_mesh(), make_optimizer(stage())
-    step = make_train_step(graphdef, optimizer, Ops(dtype=jnp.bfloat16, remat="save_projections"), trainable, frozen, mesh)
+    step = make_train_step(graphdef, optimizer, dataclasses.replace(OPS, dtype=jnp.bfloat16, remat="save_projections"), trainable, frozen, mesh)
     trainable = cast(trainable, jnp.float32, copy=True)
     state, losses = optimizer.transform.init(trainable), []
     for _ in range(3):
@@ -176,13 +179,12 @@ def test_mesh_sizes() -> None:
 TWO_DEVICES = """
 import jax, json
 from monovl_jax.config import tiny
-from monovl_jax.model import Ops
 from monovl_jax.parallel.mesh import make_mesh
 from monovl_jax.parallel.sharding import parameter_shardings
 from monovl_jax.training.optimizer import make_optimizer
 from monovl_jax.training.step import make_train_step, optimizer_shardings, place_batch
 from monovl_jax.training.trainable import model_structure, random_parameters, select, split_tree
-from tests.training.worlds import VISUAL, image_rows, stage, text_rows
+from tests.training.worlds import OPS, VISUAL, image_rows, stage, text_rows
 
 config, losses = tiny(), {}
 shape = model_structure(config)
@@ -195,7 +197,7 @@ for name, mesh in meshes.items():
     tree = jax.device_put(random_parameters(config, 0), parameter_shardings(shape.shapes, mesh))
     trainable, frozen = split_tree(tree, chosen)
     state = jax.jit(optimizer.transform.init, out_shardings=optimizer_shardings(optimizer, trainable, mesh))(trainable)
-    step = make_train_step(shape.graphdef, optimizer, Ops(), trainable, frozen, mesh, accumulation=2)
+    step = make_train_step(shape.graphdef, optimizer, OPS, trainable, frozen, mesh, accumulation=2)
     losses[name] = []
     for _ in range(3):
         trainable, state, metrics = step(trainable, state, frozen, place_batch(batch, mesh, 2))
@@ -205,8 +207,6 @@ print(json.dumps(losses))
 
 
 def test_two_devices_give_the_same_loss(run_python) -> None:
-    import json
-
     losses = json.loads(run_python(TWO_DEVICES, devices=2))
     assert losses["one"][-1] < losses["one"][0]
     for name in ("data", "fsdp", "tensor"):

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+import pallas_kernels
 from monovl_jax.config import ModelConfig, tiny
+from monovl_jax.model import Ops
 from monovl_jax.training.stages import Recipe, Stage
 
 VISUAL = (r"^vision/", r"^projector/", r"^decoder/blocks/mlp/visual/")
+
+OPS = Ops(routed_swiglu=partial(pallas_kernels.routed_swiglu, implementation="reference"))
+"""Experts computed plainly: the sorted ones take seconds to compile for every batch shape, and have tests of their own."""
 
 
 def image_rows(config: ModelConfig, rows: int, length: int, tiles: int, seed: int) -> dict[str, np.ndarray]:
