@@ -71,7 +71,37 @@ def demo(*, run_dir: Path = Path("runs/demo"), quick: bool = False, seed: int = 
     return 0
 
 
-COMMANDS = {"parity": parity, "demo": demo}
+def generate(
+    *,
+    model: Path,
+    prompt: str,
+    image: tuple[Path, ...] = (),
+    stage: str | None = None,
+    max_new_tokens: int = 64,
+) -> int:
+    """Answer one prompt about any number of pictures.
+
+    Args:
+        model: a run directory (runs/demo) or a folder in the released layout.
+        prompt: the question; `<image>` marks where a picture goes, by default all go before it.
+        image: paths of pictures.
+        stage: of a run directory, the stage whose model answers; the last one by default.
+        max_new_tokens: longest answer.
+    """
+    from monovl_jax.data.errors import SampleError
+    from monovl_jax.pretrained import load_pretrained
+
+    try:
+        loaded = load_pretrained(model, stage)
+        asked = loaded.prompt(prompt, list(image))
+    except (ValueError, SampleError, OSError) as error:
+        print(f"monovl generate: {error}", file=sys.stderr)
+        return 2
+    print(loaded.answer(loaded.generator(), [asked], max_new_tokens)[0])
+    return 0
+
+
+COMMANDS = {"parity": parity, "demo": demo, "generate": generate}
 
 
 def _prefer_huge_pages() -> None:

@@ -65,6 +65,8 @@ class ChatTemplate:
     empty_opens: bool = True
     ordered: bool = True
     system_turn: bool = False
+    image_separator: str = "\n"
+    """Between the pictures and a question that does not place them itself."""
 
     def __post_init__(self) -> None:
         if not self.separator.startswith(self.stop):
@@ -94,7 +96,7 @@ TEMPLATES: dict[str, ChatTemplate] = {
         _im("Hermes-2", _SYSTEM_SHANGHAI, "<|im_end|>"),
         _im("internvl2_5", _SYSTEM_WANXIANG, "<|im_end|>\n", empty_opens=False, ordered=False, system_turn=True),
         ChatTemplate("phi3-chat", "<|system|>\n", _SYSTEM_SHANGHAI, "<|user|>\n", "<|assistant|>\n", "<|end|>", stop="<|end|>"),
-        ChatTemplate("compact", None, "", "<|user|>", "<|assistant|>", "<|end|>", stop="<|end|>", user_separator=""),
+        ChatTemplate("compact", None, "", "<|user|>", "<|assistant|>", "<|end|>", stop="<|end|>", user_separator="", image_separator=""),
     )
 }
 """The four recorded templates of upstream, and `compact` for tiny models (no system message, one token per role)."""

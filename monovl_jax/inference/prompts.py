@@ -73,7 +73,7 @@ def prompt_batch(
         batch["token_types"][row, start:] = np.where(visual, VISUAL, TEXT)
         batch["positions"][row, start:] = np.arange(len(p.ids))
         batch["segment_ids"][row, start:] = 1
-        if counts[row]:
+        if p.tiles is not None and counts[row]:
             where = start + np.flatnonzero(visual)
             batch["visual_index"][row, where] = np.arange(len(where))
             batch["visual_slot"][row, : len(where)] = where

@@ -137,7 +137,9 @@ def mlp_layer(p: Params, x: Float[Array, "b t d"], routing: Routing | None, ops:
     return ops.routed_swiglu(x, tuple((w["gate"], w["up"], w["down"]) for w in (text, visual)), routing)
 
 
-def block(p: Params, h: Float[Array, "b t d"], table, segments, routing, cache, config: DecoderConfig, ops: Ops):
+def block(
+    p: Params, h: Float[Array, "b t d"], table, segments, routing, cache, config: DecoderConfig, ops: Ops
+) -> tuple[jax.Array, Any]:
     """h + attention(norm(h)), then h + mlp(norm(h))."""
     x = rms_norm(h, p["attention_norm"], config.rms_norm_eps)
     a, updated = attention_layer(p["attention"], x, table, segments, routing, cache, config, ops)
@@ -195,14 +197,15 @@ class Decoder(nnx.Module):
             layer = with_remat(lambda p, h: run(p, h, table, segments, routing, None)[0], ops)
             h, _ = jax.lax.scan(lambda h, p: (layer(p, h), None), h, params)
         else:
-            marked = jax.lax.dynamic_update_slice_in_dim(cache.segments, segments.astype(jnp.int32), cache.length, axis=1)
+            start = cache.length
+            marked = jax.lax.dynamic_update_slice_in_dim(cache.segments, segments.astype(jnp.int32), start, axis=1)
 
             def step(h, xs):
                 p, k, v = xs
-                return run(p, h, table, segments, routing, (k, v, marked, cache.length))
+                return run(p, h, table, segments, routing, (k, v, marked, start))
 
             h, (k, v) = jax.lax.scan(step, h, (params, cache.k, cache.v))
-            cache = KVCache(k, v, marked, cache.length + t)
+            cache = KVCache(k, v, marked, start + t)
         return rms_norm(h, self.norm[...], config.rms_norm_eps), cache
 
     def head_kernel(self) -> Float[Array, "d v"]:

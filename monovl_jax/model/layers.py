@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 
@@ -32,6 +33,6 @@ def swiglu(
     x: Float[Array, "*b d"], gate: Float[Array, "d f"], up: Float[Array, "d f"], down: Float[Array, "f d"]
 ) -> Float[Array, "*b d"]:
     """down(silu(gate(x)) * up(x)) (upstream modeling_internlm2_ve.py:264-278)."""
-    g = jax.ad_checkpoint.checkpoint_name(linear(x, gate), "gate")
-    u = jax.ad_checkpoint.checkpoint_name(linear(x, up), "up")
+    g = checkpoint_name(linear(x, gate), "gate")
+    u = checkpoint_name(linear(x, up), "up")
     return linear(jax.nn.silu(g) * u, down)

@@ -34,7 +34,9 @@ def test_constant_schedule() -> None:
 
 
 def test_only_matrices_decay() -> None:
-    config = ModelConfig(decoder=DecoderConfig(attention_bias=True, experts="ffn+attention", num_layers=2, hidden_size=64, num_heads=4, num_kv_heads=2))
+    config = ModelConfig(
+        decoder=DecoderConfig(attention_bias=True, experts="ffn+attention", num_layers=2, hidden_size=64, num_heads=4, num_kv_heads=2)
+    )
     mask = flatten(decay_mask(model_structure(config).shapes))
     spared = {path for path, decays in mask.items() if not decays}
     assert spared == {
