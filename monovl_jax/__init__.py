@@ -10,7 +10,37 @@ from typing import Any
 __version__ = "0.1.0"
 
 # name -> the module that defines it
-_PUBLIC: dict[str, str] = {}
+_PUBLIC: dict[str, str] = {
+    # configurations
+    "ModelConfig": "monovl_jax.config",
+    "VisionConfig": "monovl_jax.config",
+    "DecoderConfig": "monovl_jax.config",
+    "RopeConfig": "monovl_jax.config",
+    "named_config": "monovl_jax.config",
+    "read_config": "monovl_jax.config",
+    "config_to_json": "monovl_jax.config",
+    # the model
+    "VLM": "monovl_jax.model",
+    "Ops": "monovl_jax.model",
+    # using one
+    "load_pretrained": "monovl_jax.pretrained",
+    "Pretrained": "monovl_jax.pretrained",
+    "load_weights": "monovl_jax.convert.weights",
+    "run_case": "monovl_jax.evaluation.parity",
+    # data
+    "Tokenizer": "monovl_jax.data.tokenizer",
+    "TEMPLATES": "monovl_jax.data.chat",
+    "TilingConfig": "monovl_jax.data.tiling",
+    "tile_image": "monovl_jax.data.tiling",
+    "JsonlSource": "monovl_jax.data.jsonl",
+    "PackSpec": "monovl_jax.data.packing",
+    "Pipeline": "monovl_jax.data.pipeline",
+    # training
+    "Stage": "monovl_jax.training.stages",
+    "Recipe": "monovl_jax.training.stages",
+    "train": "monovl_jax.training.loop",
+    "load_run": "monovl_jax.training.checkpoint",
+}
 
 __all__ = ["__version__", *_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]
 

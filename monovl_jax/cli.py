@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -41,7 +41,9 @@ def parity(cases: Positional[tuple[Path, ...]], *, json_output: Annotated[bool, 
         if not json_output:
             for c in checks:
                 note = f"  ({c.note})" if c.note else ""
-                print(f"{'PASS' if c.passed else 'FAIL'}  {case.parent.name}/{case.name}  {c.name}  {c.max_abs_diff:.3g}  [{c.tolerance}]{note}")
+                print(
+                    f"{'PASS' if c.passed else 'FAIL'}  {case.parent.name}/{case.name}  {c.name}  {c.max_abs_diff:.3g}  [{c.tolerance}]{note}"
+                )
     code = 1 if failed else 2 if unknown else 0
     if json_output:
         print(json.dumps({"cases": results, "exit_code": code}, indent=2))
@@ -66,7 +68,9 @@ def demo(*, run_dir: Path = Path("runs/demo"), quick: bool = False, seed: int = 
         return 2
     last = list(result["scores"])[-1]
     for task, value in result["scores"][last].items():
-        print(f"{last}  {task:14s} {value['exact']:5.1f}%  (no picture {value['blind']:.1f}, untrained {value['untrained']:.1f}; n {value['n']})")
+        print(
+            f"{last}  {task:14s} {value['exact']:5.1f}%  (no picture {value['blind']:.1f}, untrained {value['untrained']:.1f}; n {value['n']})"
+        )
     print(f"report: {run_dir / 'report.html'}")
     return 0
 
@@ -101,7 +105,81 @@ def generate(
     return 0
 
 
-COMMANDS = {"parity": parity, "demo": demo, "generate": generate}
+def train(
+    recipe: Positional[str],
+    *,
+    data: Path,
+    init: Path | None = None,
+    init_stage: str | None = None,
+    tokenizer: Path | None = None,
+    run_dir: Path | None = None,
+    stages: tuple[str, ...] = (),
+    steps: int | None = None,
+    seed: int | None = None,
+    strict: bool = False,
+    verify_images: bool = False,
+    check: bool = False,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    remat: Literal["none", "save_projections", "full"] | None = None,
+    checkpoint_every: int = 500,
+    threads: int = 4,
+    index_dir: Path | None = None,
+) -> int:
+    """Train a recipe on your own pictures and conversations (docs/training.md). Rerun the same command to resume.
+
+    Args:
+        recipe: evip, evip_plus_plus, or FILE.py:NAME with a Recipe or a function that gives one.
+        data: META.json, which lists the data sets.
+        init: weights to start from, a run directory or a folder in the released layout; random ones without it.
+        init_stage: of a run directory, the stage to start from; its last finished one by default.
+        tokenizer: a folder with tokenizer.json or tokenizer.model; that of --init by default.
+        run_dir: where checkpoints and logs go; runs/NAME of the recipe by default.
+        stages: only these stages of the recipe.
+        steps: of every stage, instead of the recipe's.
+        seed: of random weights and of the order of the data, instead of the recipe's.
+        strict: stop at the first bad sample instead of leaving it out.
+        verify_images: decode every picture before training, not only its header.
+        check: look at recipe, weights and data, make the first batches, train nothing.
+        dtype: of the computation; float32 on CPU and bfloat16 elsewhere by default.
+        remat: what the backward pass computes again; none on CPU and save_projections elsewhere by default.
+        checkpoint_every: steps between checkpoints.
+        threads: that decode pictures; they change no batch.
+        index_dir: where the indices of the data are kept, for several runs to share; in the run directory by default.
+    """
+    from monovl_jax.recipes import launch
+
+    try:
+        job = launch.prepare(
+            recipe,
+            data,
+            init=init,
+            init_stage=init_stage,
+            tokenizer=tokenizer,
+            run_dir=run_dir,
+            stages=stages,
+            steps=steps,
+            seed=seed,
+            strict=strict,
+            verify_images=verify_images,
+            dtype=dtype,
+            remat=remat,
+            threads=threads,
+            index_dir=index_dir,
+            say=lambda text: print(text, file=sys.stderr, flush=True),
+        )
+        records = job.check() if check else job.run(checkpoint_every)
+    except launch.EXPECTED_ERRORS as error:
+        print(f"monovl train: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("monovl train: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    for stage, record in (records or {}).items():
+        print(f"{stage}  {record['steps']} steps  {record['seconds']:.0f} s  loss {record['loss']:.4f}")
+    return 0
+
+
+COMMANDS = {"parity": parity, "demo": demo, "generate": generate, "train": train}
 
 
 def _prefer_huge_pages() -> None:

@@ -110,7 +110,15 @@ class DecoderConfig:
     """With attention experts: whether the output projection has a visual copy beside the fused qkv (our choice: papers leave it open)."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "max_position_embeddings"):
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "max_position_embeddings",
+        ):
             _require(getattr(self, name) > 0, f"decoder.{name} is {getattr(self, name)}; it must be positive")
         _require(self.hidden_size % self.num_heads == 0, f"hidden size {self.hidden_size} is no multiple of {self.num_heads} heads")
         _require(self.num_heads % self.num_kv_heads == 0, f"{self.num_heads} heads are no multiple of {self.num_kv_heads} kv heads")

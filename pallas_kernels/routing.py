@@ -12,6 +12,7 @@ Every expert starts on a block boundary, so a block belongs to one expert, and e
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,10 +35,10 @@ class Routing:
     blocks: int32[num_experts], how many blocks each expert owns.
     """
 
-    expert: jax.Array
-    source: jax.Array
-    slot: jax.Array
-    blocks: jax.Array
+    expert: jax.Array | Any  # Any: JAX rebuilds pytrees with placeholders in place of arrays
+    source: jax.Array | Any
+    slot: jax.Array | Any
+    blocks: jax.Array | Any
     num_experts: int = dataclasses.field(metadata={"static": True})
 
     @property

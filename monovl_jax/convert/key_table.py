@@ -69,9 +69,7 @@ def _vocabulary(name: str, path: str, c: DecoderConfig, transpose: bool) -> Row:
 def _qkv(name: str, path: str, c: DecoderConfig) -> Row:
     """wqkv rows are grouped per kv head as [q_0 .. q_{g-1}, k, v] (upstream modeling_internlm2_ve.py:375-387); ours [D, kv, g + 2, e]."""
     kv, slots, e, d = c.num_kv_heads, c.queries_per_kv + 2, c.head_dim, c.hidden_size
-    return Row(
-        name, (path,), (kv * slots * e, d), lambda a: (a.T.reshape(d, kv, slots, e),), lambda a: a.reshape(d, kv * slots * e).T
-    )
+    return Row(name, (path,), (kv * slots * e, d), lambda a: (a.T.reshape(d, kv, slots, e),), lambda a: a.reshape(d, kv * slots * e).T)
 
 
 def _position_table(name: str, c: int, n: int) -> Row:
@@ -90,9 +88,7 @@ def _rows(config: ModelConfig) -> Iterator[Row]:
     hidden, ffn = d.hidden_size, d.intermediate_size
 
     vision = "vision_model.embeddings."
-    yield Row(
-        vision + "class_embedding", ("vision/class_embedding",), (1, 1, v.hidden_size), lambda a: (a[0, 0],), lambda a: a[None, None]
-    )
+    yield Row(vision + "class_embedding", ("vision/class_embedding",), (1, 1, v.hidden_size), lambda a: (a[0, 0],), lambda a: a[None, None])
     yield Row(
         vision + "patch_embedding.weight",
         ("vision/kernel",),

@@ -34,7 +34,9 @@ class WeightFiles:
             (self._open_safetensors if file.suffix == ".safetensors" else self._open_torch)(file)
         for name, file in (index or {}).items():
             if name not in self._reader:
-                raise WeightsError(f"{self.folder}: the index places {name!r} in {file}, which does not hold it; the download is incomplete")
+                raise WeightsError(
+                    f"{self.folder}: the index places {name!r} in {file}, which does not hold it; the download is incomplete"
+                )
         if index is not None and (extra := sorted(set(self._reader) - set(index))):
             raise WeightsError(f"{self.folder}: the shards hold tensors that the index does not list: {', '.join(extra[:5])}")
 

@@ -5,10 +5,13 @@ Every failure is a `SampleError` that names the file. Sizes come from the header
 
 from __future__ import annotations
 
+import io
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from monovl_jax.data.errors import SampleError
@@ -96,3 +99,22 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image.load()
         return image
     return image.convert("RGB")
+
+
+JPEG_QUALITIES = (75, 100)
+"""Lowest and highest quality of `recompress`."""
+
+
+def recompress(tiles: np.ndarray, seed: Sequence[int]) -> np.ndarray:
+    """uint8[k, S, S, 3] tiles, each written as JPEG and read again, its quality drawn evenly from 75 .. 100.
+
+    A pure function of tiles and seed. Source: Mono-InternVL internvl/train/dataset.py:60-81 (`data_augment`).
+    """
+    lowest, highest = JPEG_QUALITIES
+    qualities = np.random.default_rng(list(seed)).integers(lowest, highest + 1, len(tiles))
+    again = np.empty_like(tiles)
+    for number, (tile, quality) in enumerate(zip(tiles, qualities.tolist(), strict=True)):
+        stream = io.BytesIO()
+        Image.fromarray(tile).save(stream, "JPEG", quality=quality)
+        again[number] = np.asarray(to_rgb(Image.open(stream)))
+    return again

@@ -24,7 +24,7 @@ import numpy as np
 
 from monovl_jax.data.chat import Turn, parse_turns
 from monovl_jax.data.errors import SampleError
-from monovl_jax.data.images import MAX_PIXELS, image_size, load_image, resolve_image_path
+from monovl_jax.data.images import MAX_PIXELS, image_size, load_image, recompress, resolve_image_path
 from monovl_jax.data.packing import Example
 from monovl_jax.data.sources import BadSamples, Encoding, make_example
 from monovl_jax.data.tiling import tile_image, tiles_per_image
@@ -80,6 +80,7 @@ class JsonlSource:
     image_root: folder that picture paths are relative to and must stay in (default: the file's folder).
     cache_dir: where the index is kept (None: made anew each time). bad: where bad samples are counted and listed.
     strict: raise SampleError, with file and line, instead of skipping. verify_images: decode every picture for the index.
+    augment_seed: compress every tile as JPEG once, quality by this seed and the sample's index (`images.recompress`); None: don't.
     progress: called now and then while indexing with (bytes done, bytes in all).
     Raises ValueError if the file or the root does not exist.
     """
@@ -95,6 +96,7 @@ class JsonlSource:
         strict: bool = False,
         verify_images: bool = False,
         max_pixels: int = MAX_PIXELS,
+        augment_seed: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.path, self.encoding = Path(path), encoding
@@ -102,7 +104,7 @@ class JsonlSource:
         self.bad = BadSamples() if bad is None else bad
         self._strict, self._verify, self._max_pixels = strict, verify_images, max_pixels
         self._cache_dir = None if cache_dir is None else Path(cache_dir)
-        self._progress = progress
+        self._progress, self._augment_seed = progress, augment_seed
         self._index: _Index | None = None
         self._file: int | None = None
         self._lock = threading.RLock()
@@ -152,6 +154,8 @@ class JsonlSource:
         planned = int(self.index.lengths[index, 1])
         if sum(map(len, tiles)) != planned:
             raise SampleError(f"a picture changed its size after indexing ({sum(map(len, tiles))} tiles, {planned} planned); index again.")
+        if self._augment_seed is not None:
+            tiles = [recompress(t, (self._augment_seed, index, number)) for number, t in enumerate(tiles)]
         return tiles
 
     def _lost(self, record: Record, index: int) -> Example:
@@ -201,7 +205,7 @@ class JsonlSource:
             "tokenizer": encoding.tokenizer.fingerprint(),
             "template": asdict(encoding.template),
             "tiling": asdict(encoding.tiling),
-            "limits": [encoding.visual_tokens_per_tile, encoding.max_length, self._max_pixels, self._verify],
+            "limits": [encoding.visual_tokens_per_tile, encoding.max_length, encoding.max_tiles, self._max_pixels, self._verify],
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
 

@@ -94,6 +94,11 @@ class BadSamples:
         """Bad samples noted in this process."""
         return len(self._seen)
 
+    @property
+    def total(self) -> int:
+        """Bad samples noted in this process or listed in the file by an earlier run."""
+        return len(self._seen | self._listed)
+
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_lock"}
 
@@ -107,6 +112,7 @@ class Encoding:
     """How conversations become ids and tiles: everything that a sample's length depends on.
 
     max_length: text beyond so many tokens is cut off (never a picture: such a sample is bad); None for no limit.
+    max_tiles: a sample with more tiles, all its pictures together, is bad; None for no limit.
     """
 
     tokenizer: Tokenizer
@@ -114,9 +120,14 @@ class Encoding:
     tiling: TilingConfig
     visual_tokens_per_tile: int
     max_length: int | None = None
+    max_tiles: int | None = None
 
     def encode(self, turns: Sequence[Turn], tiles: Sequence[int]) -> Encoded:
         """Ids and mask of a conversation whose pictures have so many tiles. Raises SampleError."""
+        if self.max_tiles is not None and sum(tiles) > self.max_tiles:
+            raise SampleError(
+                f"the sample has {len(tiles)} picture(s) of {sum(tiles)} tiles, a row holds {self.max_tiles}; raise tiles_per_row."
+            )
         encoded = encode_conversation(turns, self.template, self.tokenizer, tiles, self.visual_tokens_per_tile, self.max_length)
         if not encoded.supervised[1:].any():
             cut = f" within the first {self.max_length} tokens" if encoded.truncated else ""
@@ -201,6 +212,25 @@ class MemorySource(ConversationSource):
 
 def _size(picture: Picture) -> tuple[int, int]:
     return (picture.shape[1], picture.shape[0]) if isinstance(picture, np.ndarray) else picture.size
+
+
+class First:
+    """The first `count` samples of a source."""
+
+    def __init__(self, source: Source, count: int) -> None:
+        self.source, self.count = source, min(count, len(source))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def length(self, index: int) -> tuple[int, int]:
+        return self.source.length(index)
+
+    def lengths(self, indices: np.ndarray) -> np.ndarray:
+        return source_lengths(self.source, indices)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.source[index]
 
 
 class TextSource:

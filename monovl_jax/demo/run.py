@@ -7,15 +7,14 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from monovl_jax.config import config_to_json
-from monovl_jax.data.packing import PackSpec
-from monovl_jax.data.pipeline import Pipeline
+from monovl_jax.data.pipeline import Part
 from monovl_jax.data.tokenizer import Tokenizer
 from monovl_jax.demo.recipe import demo_recipe, initial_parameters
 from monovl_jax.demo.report import write_report
@@ -23,41 +22,22 @@ from monovl_jax.demo.scoring import Evaluator, frozen_guarantee
 from monovl_jax.demo.source import Layout, WorldSource
 from monovl_jax.demo.world import LESSONS, World, build_tokenizer
 from monovl_jax.model import Ops
+from monovl_jax.recipes.feed import Feed
 from monovl_jax.training.loop import train
 from monovl_jax.training.stages import Recipe, Stage
 
 SAMPLES = 1 << 18
 """Samples of a lesson before it repeats; more than any stage reads."""
 
-TEXT_FIELDS = ("tokens", "positions", "segment_ids", "targets", "loss_weights")
-"""What a batch of text alone needs."""
 
+def batches(world: World, layout: Layout, recipe: Recipe) -> Feed:
+    """The data of every stage: a lesson of the world by name."""
 
-class Batches:
-    """The data of every stage: packed pictures, and where the stage asks for it, rows of text beside them."""
+    def parts(stage: Stage, mixture: Mapping[str, float], tokens: int, tiles: int) -> list[Part]:
+        del tokens, tiles
+        return [Part(WorldSource(world, LESSONS[name], layout, stage.seed, SAMPLES), weight, name) for name, weight in mixture.items()]
 
-    def __init__(self, world: World, layout: Layout):
-        self.world, self.layout = world, layout
-
-    def _pipeline(self, stage: Stage, mixture: Any, tokens: int, tiles: int, rows: int) -> Pipeline:
-        v, side, context = self.layout.visual_tokens_per_tile, self.layout.tile_size, self.layout.context_id
-        spec = PackSpec(tokens, tiles, v, side, context, loss_weighting=stage.loss_weighting)
-        parts = [WorldSource(self.world, LESSONS[name], self.layout, stage.seed, SAMPLES) for name in mixture]
-        return Pipeline(parts, spec, rows, stage.seed, window=512, threads=1)
-
-    def __call__(self, stage: Stage, position: int) -> Iterator[tuple[dict[str, Any], ...]]:
-        main = self._pipeline(stage, stage.mixture, stage.sequence_length, stage.tiles_per_row, stage.batch_size)
-        first = main.batches(position)
-        if not stage.tiles_per_row:
-            for batch in first:
-                yield ({k: batch[k] for k in TEXT_FIELDS},)
-        elif not stage.text_rows:
-            for batch in first:
-                yield (batch,)
-        else:
-            text = self._pipeline(stage, stage.text_mixture, stage.text_length, 0, stage.text_rows)
-            for batch, words in zip(first, text.batches(position), strict=True):
-                yield batch, {k: words[k] for k in TEXT_FIELDS}
+    return Feed(recipe.model.vision, layout.context_id, parts, window=512)
 
 
 def peak_rss_bytes() -> int:
@@ -130,7 +110,7 @@ def demo(run_dir: str | Path = "runs/demo", quick: bool = False, seed: int = 0, 
     records = train(
         recipe,
         run_dir,
-        Batches(world, layout),
+        batches(world, layout, recipe),
         evaluate=evaluator,
         initial=lambda: initial_parameters(recipe),
         ops=ops,

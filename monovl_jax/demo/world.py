@@ -258,7 +258,7 @@ _PICTURES = (("scene", 0.50), ("digit", 0.18), ("word", 0.25), ("single", 0.07))
 LESSONS: Mapping[str, Lesson] = {
     lesson.name: lesson
     for lesson in (
-        Lesson("language", (("prose", 0.08), ("drill", 0.15), ("told", 0.17), ("chart", 0.60))),
+        Lesson("language", (("prose", 0.10), ("drill", 0.30), ("told", 0.15), ("chart", 0.45))),
         Lesson("concept", (("scene", 0.45), ("digit", 0.25), ("word", 0.30)), "name", tiles=1, objects=1, letters=(1, 3), lines=1, real_words=0.0),
         Lesson("semantic", _PICTURES, "both", objects=2, letters=(2, 4), lines=1, real_words=0.0),
         Lesson("alignment", _PICTURES),
@@ -423,7 +423,7 @@ class World:
             return "where is the " + " and the ".join(names), ",".join(f" a {name} {spot}" for name, spot in zip(names, spots, strict=True))
         others = [d for d in (dice.choice(DRAWINGS) for _ in range(len(names))) if d not in names]
         asked = dice.shuffled([(name, "yes") for name in names] + [(d, "no") for d in dict.fromkeys(others)])
-        return "is there a " + " and a ".join(name for name, _ in asked), ",".join(f" a {name} {verdict}" for name, verdict in asked)
+        return _ask_which(asked)
 
     def _empty(self, dice: _Dice, plan: Plan) -> int:
         return dice.choice([p for p in range(4) if p not in plan.things])
@@ -486,13 +486,19 @@ class World:
         facts.append(f"{plan.colour} ground")
         return " " + ", ".join(dice.shuffled(facts)), plan
 
-    def _drill(self, dice: _Dice) -> tuple[str, str]:
-        """A list to be said again, names or letters: looking something up in the context, with an answer at every token."""
-        if dice.random() < 0.3:
-            letters = "".join([chr(97 + dice.below(26)) for _ in range(dice.between(4, 16))])
-            return f'repeat "{letters}', letters
-        names = "".join([f" {DRAWINGS[d]}" for d in dice.draw(len(DRAWINGS), dice.between(4, 20))])
-        return f"repeat{names}", names
+    def _drill(self, dice: _Dice) -> tuple[str, tuple[str, str]]:
+        """Looking things up in the context, with something to look up at nearly every token: which names are in a list, or say it again."""
+        u = dice.random()
+        if u < 0.15:
+            letters = "".join([chr(97 + dice.below(26)) for _ in range(dice.between(4, 12))])
+            return f"[{letters}]", ("repeat", letters)
+        order = dice.draw(len(DRAWINGS), 24)
+        inside, outside = order[: dice.between(3, 12)], order[12:]
+        context = "[" + "".join(f" {DRAWINGS[d]}" for d in inside) + "]"
+        if u < 0.35:
+            return context, ("repeat", "".join(f" {DRAWINGS[d]}" for d in inside))
+        asked = [(DRAWINGS[dice.choice(inside)], "yes") if dice.random() < 0.5 else (DRAWINGS[dice.choice(outside)], "no") for _ in range(8)]
+        return context, _ask_which(asked)
 
     def _chart(self, dice: _Dice, split: str) -> tuple[str, Plan]:
         """One word for every visual token of a picture: tile after tile, row after row, as the decoder will see them."""
@@ -541,7 +547,8 @@ class World:
                 if _held_prose(i) == (split != "train"):
                     return None, Dialog(paragraphs[i], True, (), None, {"kind": "prose"})
         if kind == "drill":
-            return None, Dialog("", False, (self._drill(dice),), None, {"kind": "drill", "words": ()})
+            context, turn = self._drill(dice)
+            return None, Dialog(context, False, (turn,), None, {"kind": "drill", "tiles": 0, "things": {}, "words": ()})
         if kind in ("told", "chart"):
             context, plan = self._told(dice, split) if kind == "told" else self._chart(dice, split)
             turns = self._turns(dice, plan, _TOLD)
@@ -763,3 +770,8 @@ def _load_digits() -> tuple[list[list[np.ndarray]], np.ndarray]:
                 variants.append(upright.transform((s, s), Image.Transform.AFFINE, (a, b, c - a * c - b * c, d, e, c - d * c - e * c), Image.Resampling.BILINEAR))
         scans.append([np.asarray(v, np.float32)[..., None] / 255 for v in variants])
     return scans, data.target
+
+
+def _ask_which(asked: Sequence[tuple[str, str]]) -> tuple[str, str]:
+    """Many "is there a" at once: "which of fox, kite" -> " fox yes, kite no"."""
+    return "which of " + ", ".join(name for name, _ in asked), ",".join(f" {name} {verdict}" for name, verdict in asked)

@@ -48,7 +48,9 @@ def run_case(folder: str | Path) -> list[Check]:
         except ValueError as error:
             raise UnknownCase(str(error)) from None
     if case.get("group") not in MODEL_GROUPS:
-        raise UnknownCase(f"{folder / 'case.json'}: group {case.get('group')!r} is not supported; known: preprocess, {', '.join(MODEL_GROUPS)}")
+        raise UnknownCase(
+            f"{folder / 'case.json'}: group {case.get('group')!r} is not supported; known: preprocess, {', '.join(MODEL_GROUPS)}"
+        )
     return _ModelCase(folder, case).checks()
 
 

@@ -57,7 +57,9 @@ def run_preprocess_case(case_dir: Path) -> list[Check]:
         raise ValueError(f"{folder} holds none of grids.json, prompts.json and case.json; give the folder of a recorded preprocess case.")
     case = _json(folder / "case.json")
     if not isinstance(case, dict) or not ("function" in case or "images" in case):
-        raise ValueError(f"{folder / 'case.json'} has neither 'function' (labels) nor 'images' (tiles); it is no preprocess case known here.")
+        raise ValueError(
+            f"{folder / 'case.json'} has neither 'function' (labels) nor 'images' (tiles); it is no preprocess case known here."
+        )
     run_case = _run_labels if "function" in case else _run_tiles
     return _guarded(folder, "case.json", lambda: run_case(folder, case))
 
@@ -91,7 +93,9 @@ def _exact(name: str, ours: Any, theirs: Any, note: str = "") -> Check:
     if isinstance(theirs, str):
         passed = ours == theirs
         at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
-        return Check(name, 0.0 if passed else 1.0, "exact", passed, note if passed else f"first difference at character {at}. {note}".strip())
+        return Check(
+            name, 0.0 if passed else 1.0, "exact", passed, note if passed else f"first difference at character {at}. {note}".strip()
+        )
     ours, theirs = np.asarray(ours), np.asarray(theirs)
     if ours.shape != theirs.shape:
         return Check(name, float("inf"), "exact", False, f"shape {list(ours.shape)} instead of {list(theirs.shape)}. {note}".strip())

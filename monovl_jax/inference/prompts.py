@@ -51,7 +51,9 @@ def prompt_batch(
         if len(p.ids) == 0:
             raise ValueError(f"prompt {i} is empty: give at least one token")
         if found != k * v:
-            raise ValueError(f"prompt {i} has {found} visual slots but {k} tiles of {v} visual tokens; expand `<image>` with the tile count")
+            raise ValueError(
+                f"prompt {i} has {found} visual slots but {k} tiles of {v} visual tokens; expand `<image>` with the tile count"
+            )
     b, t = len(prompts), slots or bucket(max(len(p.ids) for p in prompts))
     k = tiles if tiles is not None else (bucket(max(counts), 1) if max(counts) else 0)
     batch = {

@@ -137,9 +137,7 @@ def mlp_layer(p: Params, x: Float[Array, "b t d"], routing: Routing | None, ops:
     return ops.routed_swiglu(x, tuple((w["gate"], w["up"], w["down"]) for w in (text, visual)), routing)
 
 
-def block(
-    p: Params, h: Float[Array, "b t d"], table, segments, routing, cache, config: DecoderConfig, ops: Ops
-) -> tuple[jax.Array, Any]:
+def block(p: Params, h: Float[Array, "b t d"], table, segments, routing, cache, config: DecoderConfig, ops: Ops) -> tuple[jax.Array, Any]:
     """h + attention(norm(h)), then h + mlp(norm(h))."""
     x = rms_norm(h, p["attention_norm"], config.rms_norm_eps)
     a, updated = attention_layer(p["attention"], x, table, segments, routing, cache, config, ops)

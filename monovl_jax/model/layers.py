@@ -29,9 +29,7 @@ def linear(x: Float[Array, "*b k"], kernel: Float[Array, "k m"], bias: Float[Arr
     return y if bias is None else y + bias.astype(x.dtype)
 
 
-def swiglu(
-    x: Float[Array, "*b d"], gate: Float[Array, "d f"], up: Float[Array, "d f"], down: Float[Array, "f d"]
-) -> Float[Array, "*b d"]:
+def swiglu(x: Float[Array, "*b d"], gate: Float[Array, "d f"], up: Float[Array, "d f"], down: Float[Array, "f d"]) -> Float[Array, "*b d"]:
     """down(silu(gate(x)) * up(x)) (upstream modeling_internlm2_ve.py:264-278)."""
     g = checkpoint_name(linear(x, gate), "gate")
     u = checkpoint_name(linear(x, up), "up")

@@ -1,4 +1,7 @@
-"""The visual tokenizer of Mono-InternVL: normalise, cut into patches, add positions, pixel shuffle (upstream modeling_intern_vit.py:365-418)."""
+"""The visual tokenizer of Mono-InternVL: normalise, cut into patches, add positions, pixel shuffle.
+
+Upstream modeling_intern_vit.py:365-418.
+"""
 
 from __future__ import annotations
 

@@ -11,9 +11,7 @@ from monovl_jax.config import RopeConfig
 Table = tuple[jax.Array, jax.Array]
 
 
-def rope_table(
-    positions: Float[Array, "b t"], head_dim: int, rope: RopeConfig, max_positions: int, key_length: int | jax.Array
-) -> Table:
+def rope_table(positions: Float[Array, "b t"], head_dim: int, rope: RopeConfig, max_positions: int, key_length: int | jax.Array) -> Table:
     """cos and sin, float32 [B, T, head_dim / 2], computed once per forward and shared by all layers.
 
     positions: float32, exact up to 2^24; fractions are allowed.

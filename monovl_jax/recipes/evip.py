@@ -91,3 +91,7 @@ STAGES = [S1_1, S1_2, S1_3, S2]
 def evip_2b() -> Recipe:
     """Mono-InternVL-2B from a pre-trained InternLM2-chat-1.8B; visual FFNs start as copies of the text ones."""
     return Recipe("evip_2b", mono_internvl_2b(), tuple(STAGES), copy_experts_before="S1.1")
+
+
+recipe = evip_2b
+"""What `monovl train evip` runs."""

@@ -32,3 +32,7 @@ STAGES = [S1_1, S1_2, S1_3, S2]
 def evip_plus_plus_2b() -> Recipe:
     """Mono-InternVL-1.5-2B from a pre-trained InternLM2-chat-1.8B; visual FFN and attention start as copies of the text ones."""
     return Recipe("evip_plus_plus_2b", mono_internvl_1_5_2b(), tuple(STAGES), copy_experts_before="S1.1")
+
+
+recipe = evip_plus_plus_2b
+"""What `monovl train evip_plus_plus` runs."""

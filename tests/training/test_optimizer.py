@@ -96,13 +96,13 @@ def test_bad_choice(changes: dict) -> None:
 
 
 def test_bad_recipe() -> None:
-    with pytest.raises(RecipeError, match="two stages called 'S1.1'"):
+    with pytest.raises(RecipeError, match="two stages called"):
         recipe(stages=(stage(), stage()))
     with pytest.raises(RecipeError, match="copy_experts_before is 'S9'"):
         recipe(copy_experts_before="S9")
-    with pytest.raises(RecipeError, match="stage 'S1.1': trainable pattern 'nothing' matches no parameter"):
+    with pytest.raises(RecipeError, match=r"stage 'S1\.1': trainable pattern 'nothing' matches no parameter"):
         recipe().trainable_paths(stage(trainable=("nothing",)))
-    with pytest.raises(RecipeError, match="no stage 'S7'; it has: S0, S1.1, S2"):
+    with pytest.raises(RecipeError, match=r"no stage 'S7'; it has: S0, S1\.1, S2"):
         recipe().stage("S7")
 
 

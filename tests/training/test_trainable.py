@@ -18,12 +18,11 @@ from monovl_jax.training.trainable import (
     merge_trees,
     model_structure,
     parameters,
-    random_parameters,
     select,
     split_trainable,
     unflatten,
 )
-from tests.training.worlds import VISUAL
+from tests.training.worlds import VISUAL, plain_parameters
 
 STORED = {"vision/class_embedding", "vision/class_position"}
 
@@ -84,7 +83,7 @@ def test_cast_copies() -> None:
 
 
 def test_experts_start_as_copies() -> None:
-    tree = random_parameters(tiny("ffn+attention"), 0)
+    tree = plain_parameters(tiny("ffn+attention"))
     before, after = digests(tree), digests(initialise_experts(tree))
     for path in before:
         if "/visual/" in path:
@@ -93,7 +92,7 @@ def test_experts_start_as_copies() -> None:
         else:
             assert after[path] == before[path]
     with pytest.raises(TrainableError, match="no visual experts"):
-        initialise_experts(random_parameters(tiny("none"), 0))
+        initialise_experts(plain_parameters(tiny("none")))
 
 
 def test_digests_tell_bits_apart() -> None:

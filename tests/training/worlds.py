@@ -7,17 +7,35 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels
 from monovl_jax.config import ModelConfig, tiny
 from monovl_jax.model import Ops
 from monovl_jax.training.stages import Recipe, Stage
+from monovl_jax.training.trainable import Tree, flatten, model_structure, unflatten
 
 VISUAL = (r"^vision/", r"^projector/", r"^decoder/blocks/mlp/visual/")
 
 OPS = Ops(routed_swiglu=partial(pallas_kernels.routed_swiglu, implementation="reference"))
 """Experts computed plainly: the sorted ones take seconds to compile for every batch shape, and have tests of their own."""
+
+
+def plain_parameters(config: ModelConfig, seed: int = 0) -> Tree:
+    """Random parameters made by numpy: nothing to compile."""
+    rng = np.random.default_rng(seed)
+    shapes = flatten(model_structure(config).shapes)
+    scale = {
+        path: 0.5 if path == "decoder/embedding" else shape.shape[-2] ** -0.5 if len(shape.shape) > 1 else 0.1
+        for path, shape in shapes.items()
+    }
+    return unflatten(
+        {
+            path: jnp.asarray(("norm" in path) + scale[path] * rng.standard_normal(shape.shape), jnp.float32)
+            for path, shape in shapes.items()
+        }
+    )
 
 
 def image_rows(config: ModelConfig, rows: int, length: int, tiles: int, seed: int) -> dict[str, np.ndarray]:

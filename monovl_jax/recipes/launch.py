@@ -1,0 +1,542 @@
+"""`monovl train`: a recipe on a user's own data. Everything that can be wrong is looked at before anything compiles.
+
+What it writes into the run directory, beside what `training.checkpoint` and `training.metrics` describe: `config.json` and the tokenizer's
+files, so that the directory is a model for `load_pretrained`; `data.json`, what each stage reads; `bad_samples.jsonl`; `index/`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import json
+import pkgutil
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import monovl_jax.recipes
+from monovl_jax.config import ConfigError, ModelConfig, config_to_json, read_config
+from monovl_jax.convert.weights import WeightFiles, WeightsError, check_names, load_weights
+from monovl_jax.data.chat import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, TEMPLATES
+from monovl_jax.data.errors import SampleError
+from monovl_jax.data.jsonl import JsonlSource
+from monovl_jax.data.meta import EVERYTHING, DataSet, MetaError, file_digest, read_meta, shares
+from monovl_jax.data.pipeline import Batch, Part
+from monovl_jax.data.sources import BadSamples, Encoding, First, source_lengths
+from monovl_jax.data.tiling import TilingConfig
+from monovl_jax.data.tokenizer import Tokenizer
+from monovl_jax.model import Ops
+from monovl_jax.recipes.feed import Feed
+from monovl_jax.training import checkpoint
+from monovl_jax.training.checkpoint import RunError, StageStore, load_run, read_experiment, read_recipe
+from monovl_jax.training.loop import Records, TrainingError, train
+from monovl_jax.training.stages import Recipe, RecipeError, Stage
+from monovl_jax.training.step import BatchError
+from monovl_jax.training.trainable import Initial, TrainableError, count, model_structure
+
+DEFAULT_NAME = "recipe"
+"""What is looked for in a module or file when no name is given."""
+
+DATA, BAD_SAMPLES, INDEX = "data.json", "bad_samples.jsonl", "index"
+
+INDEXING_INTERVAL = 5.0
+"""Seconds between two lines about an index in the making."""
+
+Say = Callable[[str], None]
+
+
+class LaunchError(ValueError):
+    """A run that cannot start; one sentence with what is wrong, where, and the mend."""
+
+
+EXPECTED_ERRORS = (
+    LaunchError,
+    MetaError,
+    ConfigError,
+    WeightsError,
+    RecipeError,
+    RunError,
+    TrainableError,
+    TrainingError,
+    BatchError,
+    SampleError,
+    OSError,
+)
+"""What `prepare` and `Launch.run` raise when the user, the data or the disk is at fault."""
+
+
+# ---- the recipe --------------------------------------------------------------------------------------------------------------------
+
+
+def known_recipes() -> list[str]:
+    """Names that `find_recipe` knows without a file: modules of this package with a `recipe`."""
+    names = [module.name for module in pkgutil.iter_modules(monovl_jax.recipes.__path__) if module.name not in ("feed", "launch")]
+    return [name for name in names if hasattr(importlib.import_module(f"monovl_jax.recipes.{name}"), DEFAULT_NAME)]
+
+
+def find_recipe(spec: str) -> Recipe:
+    """The recipe that `evip`, `evip:NAME` or `FILE.py:NAME` stands for; NAME is a Recipe or a function without arguments that gives one.
+
+    Without NAME it is `recipe`. Raises LaunchError, or what the file raises as RecipeError or ConfigError.
+    """
+    source, _, name = spec.rpartition(":") if ":" in spec else (spec, "", "")
+    name = name or DEFAULT_NAME
+    module = _load_file(Path(source)) if source.endswith(".py") else _load_module(source)
+    if not hasattr(module, name):
+        there = [key for key, value in vars(module).items() if isinstance(value, Recipe) or _gives_a_recipe(value)]
+        raise LaunchError(f"{source} has no {name!r}; recipes in it: {', '.join(there) or 'none'}. Write {source}:NAME")
+    value = getattr(module, name)
+    if not isinstance(value, Recipe) and callable(value):
+        try:
+            inspect.signature(value).bind()
+        except TypeError:
+            raise LaunchError(f"{source}:{name} needs arguments; give a Recipe, or a function without arguments") from None
+        except ValueError:
+            pass  # a callable without a signature: calling it will tell
+        value = _called(value, f"{source}:{name}")
+    if not isinstance(value, Recipe):
+        raise LaunchError(f"{source}:{name} is a {type(value).__name__}; give a monovl_jax.training.stages.Recipe or a function giving one")
+    return value
+
+
+def _gives_a_recipe(value: Any) -> bool:
+    return inspect.isfunction(value) and value.__annotations__.get("return") in (Recipe, "Recipe")
+
+
+def _called(function: Callable[[], Any], where: str) -> Any:
+    try:
+        return function()
+    except (RecipeError, ConfigError, LaunchError):
+        raise
+    except Exception as error:  # a user's code may raise anything
+        raise LaunchError(f"{where} fails: {type(error).__name__}: {error}{_line_of(error, where.partition('.py')[0] + '.py')}") from error
+
+
+def _line_of(error: BaseException, file: str) -> str:
+    """` (FILE line N)`, the last place in `file` that an error passed."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).name == Path(file).name]
+    return f" ({file} line {lines[-1]})" if lines else ""
+
+
+def _load_module(name: str) -> ModuleType:
+    short, known = name.removeprefix("monovl_jax.recipes."), known_recipes()
+    if short not in known:
+        raise LaunchError(f"no recipe is called {name!r}; known: {', '.join(known)}; a recipe of your own is FILE.py:NAME")
+    return importlib.import_module(f"monovl_jax.recipes.{short}")
+
+
+def _load_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise LaunchError(f"the recipe file {path} does not exist; correct the path")
+    spec = importlib.util.spec_from_file_location(f"_recipe_file_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise LaunchError(f"the recipe file {path} cannot be loaded as Python; correct the path")
+    module, loader = importlib.util.module_from_spec(spec), spec.loader
+    sys.modules[spec.name] = module  # dataclasses defined in the file look themselves up
+    _called(lambda: loader.exec_module(module), str(path))
+    return module
+
+
+def adapted(recipe: Recipe, stages: Sequence[str] = (), steps: int | None = None, seed: int | None = None) -> Recipe:
+    """A recipe cut to some of its stages (in its own order), with other steps in each, or another seed of weights and data.
+
+    The warm-up is never longer than the stage. Raises RecipeError for an unknown stage or steps below 1.
+    """
+    wanted = {recipe.stage(name).name for name in stages} or {stage.name for stage in recipe.stages}
+    chosen = tuple(stage for stage in recipe.stages if stage.name in wanted)
+    if steps is not None:
+        chosen = tuple(dataclasses.replace(s, steps=steps, warmup_steps=max(0, min(s.warmup_steps, steps))) for s in chosen)
+    if seed is not None:
+        chosen = tuple(dataclasses.replace(stage, seed=seed) for stage in chosen)
+    copy = recipe.copy_experts_before if recipe.copy_experts_before in wanted else None
+    return dataclasses.replace(recipe, stages=chosen, copy_experts_before=copy, seed=recipe.seed if seed is None else seed)
+
+
+# ---- the start ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Weights to begin with. words: for people. identity: JSON value that tells these weights from others."""
+
+    config: ModelConfig
+    load: Initial
+    words: str
+    identity: Any
+
+
+def find_start(path: Path, stage: str | None = None) -> Start:
+    """The weights of a run directory (after `stage`, by default its last finished one) or of a folder in the released layout.
+
+    Nothing is loaded yet, but names and shapes are checked. Raises ConfigError, WeightsError or RunError.
+    """
+    if not path.is_dir():
+        raise ConfigError(f"{path} is no folder; give a run directory or a model folder")
+    if (path / checkpoint.EXPERIMENT).is_file():
+        recipe = read_recipe(path)
+        finished = [s.name for s in recipe.stages if StageStore(path, s.name).has_final()]
+        chosen = stage or (finished or [""])[-1]
+        if chosen not in finished:
+            raise RunError(f"{path}: stage {chosen or 'any'!r} has not finished; finished: {', '.join(finished) or 'none'}")
+        digest = read_experiment(path)["digest"]
+        return Start(recipe.model, lambda: load_run(path, chosen)[1], f"{path} after {chosen}", {"run": digest, "stage": chosen})
+    if stage is not None:
+        raise ConfigError(f"{path} is a model folder, not a run; it has no stage {stage!r}")
+    config = read_config(path)
+    check_names(WeightFiles(path), config)
+    files = sorted(file for pattern in ("*.safetensors", "pytorch_model*.bin") for file in path.glob(pattern))
+    digest = hashlib.sha256("".join(f"{file.name}{file_digest(file)}" for file in files).encode()).hexdigest()[:16]
+    return Start(config, lambda: load_weights(path, config), str(path), {"weights": digest})
+
+
+def check_start(config: ModelConfig, start: Start) -> None:
+    """Raises ConfigError when weights belong to another model: anything of the decoder or the vision path but the tile size differs.
+
+    Templates and tile limits may differ: they are how the model is used.
+    """
+
+    def parts(c: ModelConfig) -> dict[str, Any]:
+        vision = dataclasses.asdict(c.vision) | {"tile_size": None}
+        sections = (("vision", vision), ("decoder", dataclasses.asdict(c.decoder)), ("model", {"expert_of_type": c.expert_of_type}))
+        return {f"{section}.{key}": value for section, fields in sections for key, value in fields.items()}
+
+    here, there = parts(config), parts(start.config)
+    if differ := [f"{key} is {there[key]!r} there and {here[key]!r} in the recipe" for key in here if here[key] != there[key]]:
+        raise ConfigError(
+            f"{start.words} is of another model config: {'; '.join(differ)}. Change the recipe's model, or give other weights"
+        )
+
+
+def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig, where: Path) -> None:
+    """Raises LaunchError when pictures or turns cannot be written in the vocabulary, or an id lies beyond the model's."""
+    if config.template not in TEMPLATES:
+        raise LaunchError(f"the recipe's model has the chat template {config.template!r}; known: {', '.join(TEMPLATES)}")
+    missing = []
+    for token in (IMAGE_START, IMAGE_END, IMAGE_CONTEXT, TEMPLATES[config.template].stop):
+        try:
+            if tokenizer.encode(token) != [tokenizer.id_of(token)]:
+                missing.append(token)
+        except ValueError:
+            missing.append(token)
+    if missing:
+        raise LaunchError(
+            f"the tokenizer in {where} has no special token {', '.join(missing)}; add each to its vocabulary as one special token"
+        )
+    if tokenizer.vocab_size > config.decoder.vocab_size:
+        raise LaunchError(
+            f"the tokenizer in {where} has ids up to {tokenizer.vocab_size - 1}, the recipe's model has decoder.vocab_size "
+            f"{config.decoder.vocab_size}; set it to {tokenizer.vocab_size} or more, or give another tokenizer"
+        )
+
+
+# ---- the data ----------------------------------------------------------------------------------------------------------------------
+
+
+def check_mixtures(recipe: Recipe, sets: Mapping[str, DataSet], meta: Path) -> list[str]:
+    """Names of the data sets that the recipe uses. Raises LaunchError for a mixture that names one which META.json does not have."""
+    used: set[str] = set()
+    for stage in recipe.stages:
+        for mixture in (stage.mixture, stage.text_mixture):
+            if absent := [name for name in mixture if name != EVERYTHING and name not in sets]:
+                raise LaunchError(
+                    f"stage {stage.name!r} asks for the data sets {_listed(mixture)}, and {meta} does not have {_listed(absent)}; it has "
+                    f"{_listed(sets)}. Name them so there, or write a recipe with mixture={{'*': 1.0}}, which takes all of them"
+                )
+            used |= set(sets) if EVERYTHING in mixture else set(mixture)
+    return sorted(used)
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(repr(name) for name in names)
+
+
+@dataclasses.dataclass
+class OwnData:
+    """The sources of a run, made on first use and indexed when made. Called as a `feed.MakeParts`.
+
+    summary: {stage: [{rows, data_set, samples, bad, share, mean_tokens, mean_tiles}]} of the stages asked for so far.
+    """
+
+    model: ModelConfig
+    tokenizer: Tokenizer
+    sets: Mapping[str, DataSet]
+    bad: BadSamples
+    index_dir: Path
+    seed: int
+    strict: bool
+    verify_images: bool
+    say: Say
+
+    def __post_init__(self) -> None:
+        self._made: dict[tuple[str, int, int], tuple[JsonlSource, First]] = {}
+        self.summary: dict[str, list[dict[str, Any]]] = {}
+
+    def tiling(self, data: DataSet, tiles: int) -> TilingConfig:
+        """How pictures are cut: at most into what META.json or else the model says, and what one row of the stage has room for."""
+        model = self.model
+        most = data.max_dynamic_patch or model.max_tiles
+        if tiles:
+            most = min(most, max(1, tiles - model.use_thumbnail))
+        return TilingConfig(
+            tile_size=model.vision.tile_size,
+            min_tiles=min(model.min_tiles, most),
+            max_tiles=most,
+            use_thumbnail=model.use_thumbnail,
+            normalization=model.vision.pixel_statistics,
+        )
+
+    def source(self, name: str, tokens: int, tiles: int) -> tuple[JsonlSource, First]:
+        """(all good samples of a data set for rows of this size, the part that repeat_time leaves)."""
+        key = (name, tokens, tiles)
+        if key not in self._made:
+            data = self.sets[name]
+            encoding = Encoding(
+                self.tokenizer,
+                TEMPLATES[self.model.template],
+                self.tiling(data, tiles),
+                self.model.vision.tokens_per_tile,
+                max_length=tokens,
+                max_tiles=tiles,
+            )
+            source = JsonlSource(
+                data.annotation,
+                encoding,
+                image_root=data.root,
+                cache_dir=self.index_dir,
+                bad=self.bad,
+                strict=self.strict,
+                verify_images=self.verify_images,
+                augment_seed=self.seed if data.data_augment else None,
+                progress=self._progress(name),
+            )
+            good, bad = len(source), len(source.index.bad)
+            self._made[key] = source, First(source, data.used(good))
+            self.say(f"data set {name!r} for rows of {tokens} tokens and {tiles} tiles: {good} good samples, {bad} bad")
+            if data.length is not None and data.length != good + bad:
+                self.say(f"note: META.json says that {name!r} has {data.length} samples; {data.annotation} has {good + bad}")
+        return self._made[key]
+
+    def _progress(self, name: str) -> Callable[[int, int], None]:
+        spoke = [time.monotonic()]
+
+        def tell(done: int, total: int) -> None:
+            if time.monotonic() - spoke[0] >= INDEXING_INTERVAL:
+                spoke[0] = time.monotonic()
+                self.say(f"indexing {name!r}: {done / max(1, total):.0%}")
+
+        return tell
+
+    def __call__(self, stage: Stage, mixture: Mapping[str, float], tokens: int, tiles: int) -> list[Part]:
+        names = list(self.sets) if EVERYTHING in mixture else list(mixture)
+        sources = {name: self.source(name, tokens, tiles) for name in names}
+        sizes = {name: len(first) * max(1.0, self.sets[name].repeat_time) for name, (_, first) in sources.items()}
+        weights = shares(dict(mixture), sizes)
+        rows = self.summary.setdefault(stage.name, [])
+        kind = "text" if any(row["rows"] == "main" for row in rows) else "main"
+        for name, weight in weights.items():
+            every, first = sources[name]
+            lengths = source_lengths(first, np.arange(len(first)))
+            mean = lengths.mean(axis=0).round(2).tolist() if len(lengths) else [0.0, 0.0]
+            row = {"rows": kind, "data_set": name, "samples": len(first), "bad": len(every.index.bad)}
+            rows.append(row | {"share": weight / sum(weights.values()), "mean_tokens": mean[0], "mean_tiles": mean[1]})
+        return [Part(sources[name][1], weight, name) for name, weight in weights.items()]
+
+
+# ---- the run -----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Launch:
+    """A run that is ready to start. Make one with `prepare`."""
+
+    recipe: Recipe
+    run_dir: Path
+    feed: Feed
+    data: OwnData
+    ops: Ops
+    initial: Initial | None
+    identity: dict[str, Any]
+    say: Say
+
+    def __post_init__(self) -> None:
+        self._told = self.data.bad.count
+
+    def write_files(self) -> None:
+        """Writes config.json, tokenizer and data.json into the run directory, by now ours."""
+        if jax.process_index() == 0:
+            self.data.tokenizer.save(self.run_dir)
+            (self.run_dir / "config.json").write_text(config_to_json(self.recipe.model), encoding="utf-8")
+            checkpoint.write_json(self.run_dir / DATA, self.data.summary)
+
+    def batches(self, stage: Stage, position: int) -> Iterator[tuple[Batch, ...]]:
+        """The feed, with a line whenever a picture turned out broken when it was decoded."""
+        self.write_files()
+        with contextlib.closing(self.feed(stage, position)) as batches:
+            for batch in batches:
+                if self.data.bad.count > self._told:
+                    self._told = self.data.bad.count
+                    self.say(f"{stage.name}: {self._bad()}")
+                yield batch
+
+    def _bad(self) -> str:
+        total = self.data.bad.total
+        return f"{total} bad samples so far, left out and listed in {self.data.bad.path}" if total else "no bad samples so far"
+
+    def check(self) -> None:
+        """Makes the first batch of every stage and says what is in it; nothing is trained. Raises SampleError with `strict`."""
+        for stage in self.recipe.stages:
+            for kind, pipeline in zip(("main", "text"), self.feed.pipelines(stage), strict=True):
+                if pipeline is None:
+                    continue
+                with pipeline.batches(0) as batches:
+                    next(batches)
+                    stats = batches.stats
+                self.say(
+                    f"{stage.name}: the first batch ({kind} rows) holds {stats.samples} samples in {stats.rows} rows, {stats.supervised} "
+                    f"supervised tokens; {stats.token_efficiency:.0%} of token slots and {stats.tile_efficiency:.0%} of tile slots are used"
+                )
+        self.say(self._bad())
+
+    def run(self, checkpoint_every: int = 500) -> Records:
+        """Trains what is left of the recipe; see `training.loop.train` for the result and what it raises."""
+        records = train(
+            self.recipe,
+            self.run_dir,
+            self.batches,
+            initial=self.initial,
+            ops=self.ops,
+            frozen_dtype=self.ops.dtype,
+            identity=self.identity,
+            checkpoint_every=checkpoint_every,
+        )
+        self.say(self._bad())
+        return records
+
+
+def make_ops(dtype: str | None = None, remat: str | None = None) -> Ops:
+    """How to compute. By default float32 without remat on CPU, bfloat16 with `save_projections` elsewhere."""
+    cpu = jax.default_backend() == "cpu"
+    chosen: Any = remat or ("none" if cpu else "save_projections")
+    return Ops(dtype=jnp.dtype(dtype or ("float32" if cpu else "bfloat16")).type, remat=chosen)
+
+
+def check_run_dir(run_dir: Path, recipe: Recipe, identity: Mapping[str, Any]) -> None:
+    """Raises RunError when the run directory belongs to another experiment, or is no place for a run. Creates nothing."""
+    if run_dir.exists() and not run_dir.is_dir():
+        raise RunError(f"{run_dir} is a file; give a directory")
+    if (run_dir / checkpoint.EXPERIMENT).exists():
+        # What the loop itself adds (the compute dtype) is compared by the loop.
+        known = read_experiment(run_dir).get("identity", {})
+        checkpoint.claim_run(run_dir, checkpoint.experiment(recipe, {**known, **identity}))
+    elif held := [p.name for pattern in ("config.json", "*.safetensors", "*.bin") for p in run_dir.glob(pattern)]:
+        raise RunError(
+            f"{run_dir} holds {held[0]} but no {checkpoint.EXPERIMENT}: it is a model folder, not a run. Give another run directory"
+        )
+
+
+def check_same_data(run_dir: Path, summary: Mapping[str, Any]) -> None:
+    """Raises RunError when a run that is continued would read other samples than before (pictures have come or gone)."""
+    path = run_dir / DATA
+    if not path.exists():
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    for stage, rows in summary.items():
+        for old, new in zip(before.get(stage, []), rows, strict=False):
+            if (old["data_set"], old["samples"]) != (new["data_set"], new["samples"]):
+                raise RunError(
+                    f"{run_dir}: in stage {stage!r} the data set {new['data_set']!r} has {new['samples']} good samples now and had "
+                    f"{old['samples']} when the run began; bring the pictures back, or give another run directory"
+                )
+
+
+def prepare(
+    recipe: str,
+    meta: Path,
+    *,
+    init: Path | None = None,
+    init_stage: str | None = None,
+    tokenizer: Path | None = None,
+    run_dir: Path | None = None,
+    stages: Sequence[str] = (),
+    steps: int | None = None,
+    seed: int | None = None,
+    strict: bool = False,
+    verify_images: bool = False,
+    dtype: str | None = None,
+    remat: str | None = None,
+    threads: int = 4,
+    index_dir: Path | None = None,
+    say: Say = print,
+) -> Launch:
+    """Everything up to the first step: recipe, weights, tokenizer and run directory checked, the data indexed. Compiles nothing.
+
+    See docs/training.md for the arguments, which are those of `monovl train`. Raises one of EXPECTED_ERRORS.
+    """
+    chosen = adapted(find_recipe(recipe), stages, steps, seed)
+    sets = read_meta(meta)
+    used = check_mixtures(chosen, sets, meta)
+    for stage in chosen.stages:
+        chosen.trainable_paths(stage)
+    start = None
+    if init is not None:
+        start = find_start(init, init_stage)
+        check_start(chosen.model, start)
+        chosen = dataclasses.replace(chosen, model=dataclasses.replace(chosen.model, upstream=start.config.upstream))
+    folder = tokenizer or init
+    if folder is None:
+        raise LaunchError("no tokenizer; give --tokenizer DIR, a folder with tokenizer.json or tokenizer.model, or --init with one in it")
+    try:
+        words = Tokenizer.from_folder(folder)
+    except ValueError as error:
+        raise LaunchError(str(error)) from None
+    check_tokenizer(words, chosen.model, folder)
+    place = Path("runs") / chosen.name if run_dir is None else run_dir
+    identity = {
+        "data": {name: sets[name].identity() for name in used},
+        "verify_images": verify_images,
+        "tokenizer": words.fingerprint(),
+        "initial": None if start is None else start.identity,
+    }
+    check_run_dir(place, chosen, identity)
+
+    names = ", ".join(f"{stage.name} ({stage.steps} steps)" for stage in chosen.stages)
+    say(f"recipe {chosen.name}: {names}; {count(model_structure(chosen.model).shapes):,} parameters; run directory {place}")
+    if start is None:
+        say(f"warning: no --init, so the run starts from RANDOM weights (seed {chosen.seed})")
+    else:
+        say(f"weights from {start.words}")
+    if chosen.copy_experts_before:
+        say(f"before {chosen.copy_experts_before} the visual experts are replaced by copies of the text experts, as the recipe says")
+    data = OwnData(
+        chosen.model,
+        words,
+        {name: sets[name] for name in sets if name in used},
+        BadSamples(place / BAD_SAMPLES),
+        index_dir or place / INDEX,
+        chosen.seed,
+        strict,
+        verify_images,
+        say,
+    )
+    feed = Feed(chosen.model.vision, words.id_of(IMAGE_CONTEXT), data, threads=threads)
+    for stage in chosen.stages:
+        try:
+            feed.pipelines(stage)
+        except SampleError:
+            raise
+        except ValueError as error:
+            raise LaunchError(f"stage {stage.name!r}: {error}") from None
+    check_same_data(place, data.summary)
+    return Launch(chosen, place, feed, data, make_ops(dtype, remat), None if start is None else start.load, identity, say)

@@ -1,0 +1,344 @@
+"""The routed layers against the reference: values, all gradients, what must not leak, what must not be computed."""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels import make_routing, routed_linear, routed_swiglu
+from pallas_kernels.routing import BLOCKS, SMALL
+from tests.quick import compiler_options, quick_jit
+
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
+LAYERS = ("linear", "swiglu")
+IMPLEMENTATIONS = ("reference", "xla")
+SHAPES = ((1, 1, 1), (2, 3, 5), (17, 8, 4), (33, 5, 7), (100, 8, 12))
+"""(tokens, width in, width inside or out); the last is the one most tests share."""
+BIG = SHAPES[-1]
+
+
+def layer(kind: str, x: jax.Array, weights: Any, expert: jax.Array, implementation: str | None) -> jax.Array:
+    routing = make_routing(expert)
+    if kind == "swiglu":
+        return routed_swiglu(x, weights, routing, implementation)
+    kernels, biases = zip(*weights, strict=True)
+    return routed_linear(x, kernels, routing, biases, implementation)
+
+
+@functools.cache
+def compiled(kind: str, implementation: str):
+    """(x, weights, expert, dy) -> (y, (dx, dweights)); compiled once per shape, whatever the experts."""
+
+    def run(x, weights, expert, dy):
+        y, pull = jax.vjp(lambda x, w: layer(kind, x, w, expert, implementation), x, weights)
+        return y, pull(dy)
+
+    return quick_jit(run)
+
+
+def make_inputs(kind: str, shape: tuple[int, int, int], dtype: str = "float32", seed: int = 0, bias: bool = True):
+    """x, weights of both experts (float32, as masters are) and dy."""
+    (t, d, f), rng = shape, np.random.default_rng(seed)
+
+    def array(*shape: int) -> np.ndarray:
+        return (rng.normal(size=shape) * shape[0] ** -0.5).astype(np.float32)
+
+    one = (lambda: (array(d, f), array(f) if bias else None)) if kind == "linear" else (lambda: (array(d, f), array(d, f), array(f, d)))
+    x, dy = (rng.normal(size=(t, width)).astype(jnp.dtype(dtype)) for width in (d, f if kind == "linear" else d))
+    return x, (one(), one()), dy
+
+
+def close(got: Any, want: Any, relative: float) -> None:
+    """Every leaf to `relative` of its largest element."""
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        np.testing.assert_allclose(a, b, rtol=0, atol=relative * max(1e-3, np.abs(b).max(initial=0)))
+
+
+def same(got: Any, want: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+MASKS = {
+    "random": np.random.default_rng(1).integers(-1, 2, BIG[0]),
+    "all_text": np.zeros(BIG[0]),
+    "all_visual": np.ones(BIG[0]),
+    "all_padding": np.full(BIG[0], -1),
+    "alternating": np.arange(BIG[0]) % 2,
+    "one_visual_token": np.arange(BIG[0]) == 41,
+    "one_token_in_padding": np.where(np.arange(BIG[0]) == 99, 1, -1),
+    "image_first_then_padding": np.repeat([1, 0, -1], [49, 42, 9]),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_equals_the_reference(kind: str, dtype: str, mask: str) -> None:
+    x, weights, dy = make_inputs(kind, BIG, dtype)
+    expert = MASKS[mask].astype(np.int32)
+    want, got = (compiled(kind, i)(x, weights, expert, dy) for i in IMPLEMENTATIONS)
+    close(got, want, TOLERANCE[dtype])
+    y, (dx, _) = got
+    assert y.dtype == dtype and not np.any(np.asarray(y)[expert < 0]) and not np.any(np.asarray(dx)[expert < 0])
+
+
+@st.composite
+def routed(draw) -> tuple[tuple[int, int, int], np.ndarray, int]:
+    shape = draw(st.sampled_from(SHAPES))
+    seed = draw(st.integers(0, 2**32 - 1))
+    shares = np.asarray(draw(st.tuples(*[st.integers(0, 5)] * 3).filter(any)))
+    return shape, np.random.default_rng(seed).choice([-1, 0, 1], shape[0], p=shares / shares.sum()).astype(np.int32), seed
+
+
+@settings(max_examples=40, deadline=None)
+@given(routed())
+@example(((1, 1, 1), np.int32([0]), 0))
+@example(((1, 1, 1), np.int32([1]), 0))
+@example(((1, 1, 1), np.int32([-1]), 0))
+@pytest.mark.parametrize("kind", LAYERS)
+def test_equals_the_reference_for_any_shape_and_mask(kind: str, case: tuple) -> None:
+    shape, expert, seed = case
+    x, weights, dy = make_inputs(kind, shape, seed=seed)
+    want, got = (compiled(kind, i)(x, weights, expert, dy) for i in IMPLEMENTATIONS)
+    close(got, want, 1e-5)
+
+
+def test_the_reference_is_each_expert_on_its_own_tokens() -> None:
+    """The oracle itself, against plain loops in float64."""
+    expert = MASKS["random"].astype(np.int32)
+    x, weights, dy = make_inputs("linear", BIG)
+    y, (dx, dw) = compiled("linear", "reference")(x, weights, expert, dy)
+    for e, (kernel, bias) in enumerate(weights):
+        mine = expert == e
+        np.testing.assert_allclose(y[mine], x[mine].astype(float) @ kernel + bias, atol=1e-5)
+        np.testing.assert_allclose(dx[mine], dy[mine].astype(float) @ kernel.T, atol=1e-5)
+        np.testing.assert_allclose(dw[e][0], x[mine].T.astype(float) @ dy[mine], atol=1e-4)
+        np.testing.assert_allclose(dw[e][1], dy[mine].sum(0), atol=1e-4)
+    x, weights, dy = make_inputs("swiglu", BIG)
+    y, _ = compiled("swiglu", "reference")(x, weights, expert, dy)
+    for e, (gate, up, down) in enumerate(weights):
+        rows = x[expert == e].astype(float)
+        g = rows @ gate
+        np.testing.assert_allclose(y[expert == e], (g / (1 + np.exp(-g)) * (rows @ up)) @ down, atol=1e-5)
+
+
+# ---- what must not leak --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_bad_weights_stay_with_their_expert(kind: str, implementation: str, bad: float) -> None:
+    run, expert = compiled(kind, implementation), MASKS["random"].astype(np.int32)
+    x, weights, dy = make_inputs(kind, BIG)
+    y, (dx, dw) = run(x, weights, expert, dy)
+    for e in (0, 1):
+        poisoned = tuple(tuple(np.full_like(w, bad) for w in ws) if i != e else ws for i, ws in enumerate(weights))
+        y_bad, (dx_bad, dw_bad) = run(x, poisoned, expert, dy)
+        mine = expert == e
+        same((y_bad[mine], dx_bad[mine], dw_bad[e]), (y[mine], dx[mine], dw[e]))
+        assert not np.any(np.asarray(y_bad)[expert < 0]) and not np.isfinite(y_bad[expert == 1 - e]).any()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_bad_weights_of_an_idle_expert_reach_nothing(kind: str, implementation: str) -> None:
+    run, expert = compiled(kind, implementation), np.where(np.arange(BIG[0]) < 90, 0, -1).astype(np.int32)
+    x, (text, visual), dy = make_inputs(kind, BIG)
+    y, (dx, dw) = run(x, (text, visual), expert, dy)
+    y_bad, (dx_bad, dw_bad) = run(x, (text, tuple(np.full_like(w, np.nan) for w in visual)), expert, dy)
+    same((y_bad, dx_bad, dw_bad[0]), (y, dx, dw[0]))
+    if implementation == "xla":  # the reference runs the idle expert on zeros, and 0 * nan is its own gradient's affair
+        assert not any(np.any(w) for w in dw_bad[1])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_bad_padding_rows_reach_nothing(kind: str, implementation: str, bad: float) -> None:
+    run, expert = compiled(kind, implementation), MASKS["random"].astype(np.int32)
+    x, weights, dy = make_inputs(kind, BIG)
+    clean = run(x, weights, expert, dy)
+    x[expert < 0], dy[expert < 0] = bad, bad
+    same(run(x, weights, expert, dy), clean)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_bad_rows_of_one_expert_stay_with_it(kind: str) -> None:
+    run, expert = compiled(kind, "xla"), MASKS["random"].astype(np.int32)
+    x, weights, dy = make_inputs(kind, BIG)
+    y, (dx, dw) = run(x, weights, expert, dy)
+    x[np.flatnonzero(expert == 1)[3]] = np.nan
+    y_bad, (dx_bad, dw_bad) = run(x, weights, expert, dy)
+    text = expert == 0
+    same((y_bad[text], dx_bad[text], dw_bad[0]), (y[text], dx[text], dw[0]))
+
+
+# ---- under transformations -----------------------------------------------------------------------------------------------------------
+
+
+def stack(*trees: Any) -> Any:
+    return jax.tree.map(lambda *a: np.stack(a), *trees)
+
+
+def deep(kind: str, implementation: str | None, remat: bool, policy: Any = None):
+    """(weights stacked over layers, x, expert) -> scalar; layers run by scan, residual, so that the depth matters."""
+
+    def loss(weights, x, expert):
+        routing = make_routing(expert)
+
+        def step(x, w):
+            if kind == "swiglu":
+                return x + routed_swiglu(x, w, routing, implementation), None
+            return x + routed_linear(x, [k for k, _ in w], routing, [b for _, b in w], implementation), None
+
+        return jnp.sum(jax.lax.scan(jax.checkpoint(step, policy=policy) if remat else step, x, weights)[0] ** 2)
+
+    return loss
+
+
+@pytest.mark.parametrize("remat", ["none", "full", "save"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_in_scan_and_under_remat(kind: str, remat: str) -> None:
+    shape, expert = (80, 6, 6), MASKS["random"][:80].astype(np.int32)
+    x = make_inputs(kind, shape)[0]
+    weights = stack(*(make_inputs(kind, shape, seed=s)[1] for s in (1, 2)))
+    policy = jax.checkpoint_policies.save_only_these_names("gate", "up") if remat == "save" else None
+    want = quick_jit(jax.value_and_grad(deep(kind, "reference", False), (0, 1)))(weights, x, expert)
+    got = quick_jit(jax.value_and_grad(deep(kind, "xla", remat != "none", policy), (0, 1)))(weights, x, expert)
+    close(got, want, 1e-5)
+
+
+def test_compiled_as_users_compile_it() -> None:
+    """Once with XLA's own options: they fuse what the quick ones do not."""
+    shape, expert = BIG, MASKS["random"].astype(np.int32)
+    x, weights, dy = make_inputs("swiglu", shape)
+
+    def run(x, weights):
+        y, pull = jax.vjp(lambda x, w: layer("swiglu", x, w, expert, "xla"), x, weights)
+        return y, pull(dy)
+
+    close(jax.jit(run)(x, weights), compiled("swiglu", "reference")(x, weights, expert, dy), 1e-5)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_vmap_over_tokens_and_over_routings(kind: str) -> None:
+    shape = (20, 3, 4)
+    inputs = [make_inputs(kind, shape, seed=s) for s in range(3)]
+    weights, x = inputs[0][1], np.stack([i[0] for i in inputs])
+    experts = np.random.default_rng(3).integers(-1, 2, (3, 20)).astype(np.int32)
+
+    def loss(x, weights, expert, implementation):
+        return jnp.sum(layer(kind, x, weights, expert, implementation) ** 2)
+
+    for axes, expert in (((0, None, None), experts[0]), ((0, None, 0), experts)):
+        want, got = (
+            quick_jit(jax.vmap(jax.value_and_grad(functools.partial(loss, implementation=i), (0, 1)), axes))(x, weights, expert)
+            for i in IMPLEMENTATIONS
+        )
+        close(got, want, 1e-5)
+
+
+def test_forward_mode_is_a_clear_error() -> None:
+    x, weights, _ = make_inputs("swiglu", (20, 3, 4))
+    expert = np.zeros(20, np.int32)
+    with pytest.raises(TypeError, match="can't apply forward-mode differentiation"):
+        jax.jvp(lambda x: layer("swiglu", x, weights, expert, "xla"), (x,), (x,))
+
+
+def test_leading_dimensions_are_flattened_in_order() -> None:
+    x, weights, _ = make_inputs("linear", (24, 4, 6))
+    expert = np.random.default_rng(0).integers(-1, 2, (2, 12)).astype(np.int32)
+    flat = quick_jit(lambda x, e: layer("linear", x, weights, e, "xla"))
+    same(flat(x.reshape(2, 12, 4), expert), np.asarray(flat(x, expert)).reshape(2, 12, 6))
+
+
+def test_no_bias_and_one_bias() -> None:
+    x, ((text, bias), (visual, _)), _ = make_inputs("linear", (24, 4, 6))
+    expert = (np.arange(24) % 2).astype(np.int32)
+    for biases in (None, (None, None), (bias, None), (None, bias)):
+        want, got = (
+            quick_jit(jax.value_and_grad(lambda x, i=i, b=biases: jnp.sum(routed_linear(x, (text, visual), make_routing(expert), b, i) ** 2)))(x)
+            for i in IMPLEMENTATIONS
+        )
+        close(got, want, 1e-5)
+
+
+@pytest.mark.parametrize(("tokens", "sorts"), [(SMALL - 1, False), (SMALL, True)])
+def test_few_tokens_are_not_sorted(tokens: int, sorts: bool) -> None:
+    x, weights, _ = make_inputs("swiglu", (tokens, 2, 3))
+    routing = make_routing(jnp.zeros(tokens, jnp.int32))
+    assert ("cond[" in str(jax.make_jaxpr(lambda x: routed_swiglu(x, weights, routing))(x))) == sorts
+
+
+# ---- what must not be computed -------------------------------------------------------------------------------------------------------
+
+
+def count_matmuls(f: Any, *args: Any) -> int:
+    """Matmuls in the program XLA made; those of every branch of a switch are counted."""
+    return len(re.findall(r"\bdot\(", jax.jit(f).lower(*args).compile(compiler_options()).as_text()))
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize(("kind", "per_expert"), [("linear", 1), ("swiglu", 3)])
+def test_a_frozen_expert_has_no_weight_gradient(kind: str, per_expert: int, remat: bool) -> None:
+    shape, expert = (64, 4, 4), np.zeros(64, np.int32)
+    x = make_inputs(kind, shape)[0]
+    text, visual = (stack(*(make_inputs(kind, shape, seed=s)[1][e] for s in (1, 2))) for e in (0, 1))
+    loss = deep(kind, "xla", remat)
+
+    def split(trainable, frozen, visual_trains, x, expert):
+        return loss((frozen, trainable) if visual_trains else (trainable, frozen), x, expert)
+
+    both = count_matmuls(jax.value_and_grad(loss), (text, visual), x, expert)
+    for visual_trains, args in ((True, (visual, text)), (False, (text, visual))):
+        one = count_matmuls(jax.value_and_grad(functools.partial(split, visual_trains=visual_trains)), *args, x=x, expert=expert)
+        assert both - one == per_expert * BLOCKS, "a weight gradient's matmuls, one per branch of the frozen expert's switch"
+
+
+def test_no_gradient_at_all_costs_one_pass() -> None:
+    shape, expert = (64, 4, 4), np.zeros(64, np.int32)
+    x, weights, _ = make_inputs("swiglu", shape)
+    assert count_matmuls(lambda x: layer("swiglu", x, weights, expert, "xla"), x) == 2 * 3 * BLOCKS
+
+
+# ---- errors --------------------------------------------------------------------------------------------------------------------------
+
+
+def routing_of(tokens: int, num_experts: int = 2):
+    return make_routing(jnp.zeros(tokens, jnp.int32), num_experts)
+
+
+K34, K35 = np.zeros((3, 4), np.float32), np.zeros((3, 5), np.float32)
+FFN = (K34, K34, K34.T)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: routed_linear(np.zeros((2, 4, 3), np.float32), (K34, K34), routing_of(9)), r"\(2, 4, 3\), 8 tokens.*made for 9"),
+        (lambda: routed_linear(np.zeros((0, 3), np.float32), (K34, K34), routing_of(1)), r"\(0, 3\), 0 tokens"),
+        (lambda: routed_linear(np.zeros((9, 3), np.float32), (K34,) * 3, routing_of(9)), "3 experts were given.*made for 2"),
+        (lambda: routed_linear(np.zeros((9, 3), np.float32), (K34, K35), routing_of(9)), r"\(3, 4\), \(3, 5\)"),
+        (lambda: routed_linear(np.zeros((9, 7), np.float32), (K34, K34), routing_of(9)), r"all must be \[7, M\]"),
+        (lambda: routed_swiglu(np.zeros((9, 3), np.float32), (FFN,), routing_of(9)), "1 experts were given.*made for 2"),
+        (lambda: routed_swiglu(np.zeros((9, 3), np.float32), (FFN, (K34, K34, K34)), routing_of(9)), r"expert 1 has shapes.*expected"),
+        (lambda: routed_swiglu(np.zeros((9, 4), np.float32), (FFN, FFN), routing_of(9)), r"expert 0 has shapes.*\(4, 4\)"),
+        (lambda: routed_swiglu(np.zeros((9, 3), np.float32), (FFN, FFN), routing_of(9), "cuda"), "implementation is 'cuda'; use None"),
+    ],
+)
+def test_shapes_that_disagree(call, message: str) -> None:
+    with pytest.raises(Exception, match=message) as caught:
+        call()
+    assert isinstance(caught.value, ValueError) or "beartype" in type(caught.value).__module__

@@ -1,0 +1,108 @@
+"""The sorted order of tokens: a permutation in blocks, with little padding."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels import Routing, make_routing
+from pallas_kernels.routing import BLOCKS
+from tests.quick import quick_jit
+
+SIZES = (1, 2, 15, 16, 17, 64, 100, 333)
+
+
+@functools.cache
+def compiled(num_experts: int):
+    return quick_jit(functools.partial(make_routing, num_experts=num_experts))
+
+
+@st.composite
+def expert_ids(draw, num_experts: int) -> np.ndarray:
+    size = draw(st.sampled_from(SIZES))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    shares = draw(st.lists(st.integers(0, 5), min_size=num_experts + 1, max_size=num_experts + 1).filter(any))
+    ids = rng.choice(np.arange(-1, num_experts), size, p=np.asarray(shares) / sum(shares))
+    return (np.sort(ids) if draw(st.booleans()) else ids).astype(np.int32)
+
+
+def check(ids: np.ndarray, routing: Routing, num_experts: int) -> None:
+    """Everything a Routing promises."""
+    tokens, rows = len(ids), routing.block_rows
+    source, slot, blocks = (np.asarray(a) for a in (routing.source, routing.slot, routing.blocks))
+    slots = len(source)
+    assert slots == (BLOCKS + num_experts) * rows and rows == -(-tokens // BLOCKS)
+    np.testing.assert_array_equal(routing.expert, ids)
+    np.testing.assert_array_equal(slot == slots, ids == -1)
+    owned = np.flatnonzero(ids >= 0)
+    np.testing.assert_array_equal(source[slot[owned]], owned)
+    assert (source == tokens).sum() == slots - len(owned), "every other slot is empty"
+    start = 0
+    for e in range(num_experts):
+        mine = np.flatnonzero(ids == e)
+        np.testing.assert_array_equal(slot[mine], start + np.arange(len(mine)), "in their order, from a block boundary on")
+        assert blocks[e] == -(-len(mine) // rows) <= BLOCKS
+        start += blocks[e] * rows
+    assert start <= slots
+
+
+@settings(max_examples=80, deadline=None)
+@given(expert_ids(2))
+def test_two_experts(ids: np.ndarray) -> None:
+    routing = compiled(2)(ids)
+    check(ids, routing, 2)
+    computed = int(np.sum(routing.blocks)) * routing.block_rows
+    owned = int((ids >= 0).sum())
+    assert owned <= computed and computed - owned < len(ids) / 8, "rows computed by the experts together, beyond the tokens they own"
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 4).flatmap(lambda n: st.tuples(st.just(n), expert_ids(n))))
+def test_other_numbers_of_experts(case: tuple[int, np.ndarray]) -> None:
+    num_experts, ids = case
+    check(ids, compiled(num_experts)(ids), num_experts)
+
+
+@pytest.mark.parametrize("size", range(1, 200))
+def test_the_worst_counts_waste_less_than_an_eighth(size: int) -> None:
+    rows = -(-size // BLOCKS)
+    waste = max(-(-text // rows) * rows + -(-visual // rows) * rows - text - visual for text in range(size + 1) for visual in {0, 1, size - text})
+    assert waste < size / 8 or waste == 0
+
+
+def test_the_order_of_the_docstring() -> None:
+    ids = np.full(17, -1, np.int32)  # 17 tokens make blocks of 2 rows
+    ids[:8] = [0, 0, 1, 1, 1, -1, 0, -1]
+    routing = make_routing(jnp.asarray(ids))
+    none, empty = len(routing.source), 17
+    assert routing.slot[:8].tolist() == [0, 1, 4, 5, 6, none, 2, none]
+    assert routing.source[:10].tolist() == [0, 1, 6, empty, 2, 3, 4, empty, empty, empty]
+    assert routing.blocks.tolist() == [2, 2]
+
+
+def test_any_shape_and_integer_type_is_flattened() -> None:
+    ids = np.random.default_rng(0).integers(-1, 2, (4, 16)).astype(np.int8)
+    check(ids.reshape(-1).astype(np.int32), compiled(2)(ids), 2)
+
+
+def test_a_routing_passes_through_jax_transformations() -> None:
+    routing = make_routing(jnp.zeros(20, jnp.int32), num_experts=3)
+    again = jax.tree.map(lambda a: a, routing)
+    assert again.num_experts == 3 and again.block_rows == routing.block_rows == 2
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (np.zeros((2, 3), np.float32), "float32; give integers"),
+        (np.zeros((2, 0), np.int32), r"no tokens \(shape \(2, 0\)\)"),
+        (np.zeros(3, bool), "bool; give integers"),
+    ],
+)
+def test_errors(ids: np.ndarray, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_routing(jnp.asarray(ids))
