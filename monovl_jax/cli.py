@@ -15,7 +15,9 @@ Positional = tyro.conf.Positional
 
 
 def parity(cases: Positional[tuple[Path, ...]], *, json_output: Annotated[bool, tyro.conf.arg(name="json")] = False) -> int:
-    """Compare the model with recorded outputs of the PyTorch code (docs/parity.md). Exit code 1 on any FAIL, 2 on a case not understood.
+    """Compare the model with recorded outputs of the PyTorch code (docs/parity.md).
+
+    Exit code 1 on any FAIL, 2 on a case that is not understood.
 
     Args:
         cases: folders of recorded cases.
@@ -41,9 +43,8 @@ def parity(cases: Positional[tuple[Path, ...]], *, json_output: Annotated[bool, 
         if not json_output:
             for c in checks:
                 note = f"  ({c.note})" if c.note else ""
-                print(
-                    f"{'PASS' if c.passed else 'FAIL'}  {case.parent.name}/{case.name}  {c.name}  {c.max_abs_diff:.3g}  [{c.tolerance}]{note}"
-                )
+                verdict, where = "PASS" if c.passed else "FAIL", f"{case.parent.name}/{case.name}"
+                print(f"{verdict}  {where}  {c.name}  {c.max_abs_diff:.3g}  [{c.tolerance}]{note}")
     code = 1 if failed else 2 if unknown else 0
     if json_output:
         print(json.dumps({"cases": results, "exit_code": code}, indent=2))
@@ -68,9 +69,8 @@ def demo(*, run_dir: Path = Path("runs/demo"), quick: bool = False, seed: int = 
         return 2
     last = list(result["scores"])[-1]
     for task, value in result["scores"][last].items():
-        print(
-            f"{last}  {task:14s} {value['exact']:5.1f}%  (no picture {value['blind']:.1f}, untrained {value['untrained']:.1f}; n {value['n']})"
-        )
+        others = f"no picture {value['blind']:.1f}, untrained {value['untrained']:.1f}; n {value['n']}"
+        print(f"{last}  {task:14s} {value['exact']:5.1f}%  ({others})")
     print(f"report: {run_dir / 'report.html'}")
     return 0
 

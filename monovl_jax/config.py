@@ -297,8 +297,11 @@ def _rope_from_json(llm: dict[str, Any]) -> RopeConfig:
         f"config.json: llm_config.rope_scaling is {scaling!r}; expected {{'type': 'linear' | 'dynamic', 'factor': number}}",
     )
     kind = scaling.get("type", scaling.get("rope_type"))
-    _require(kind in ("linear", "dynamic"), f"config.json: llm_config.rope_scaling.type is {kind!r}; use 'linear' or 'dynamic'")
-    return RopeConfig(theta=theta, scaling=kind, factor=float(scaling["factor"]))
+    if kind not in ("linear", "dynamic"):
+        raise ConfigError(f"config.json: llm_config.rope_scaling.type is {kind!r}; use 'linear' or 'dynamic'")
+    factor = scaling["factor"]
+    _require(isinstance(factor, int | float), f"config.json: llm_config.rope_scaling.factor is {factor!r}; expected a number >= 1")
+    return RopeConfig(theta=theta, scaling=kind, factor=float(factor))
 
 
 def config_to_json(config: ModelConfig) -> str:

@@ -51,9 +51,12 @@ def routed_linear(
     shapes = {k.shape for k in kernels}
     if len(shapes) != 1 or kernels[0].shape[0] != x.shape[-1]:
         raise ValueError(f"routed_linear: kernels have shapes {[k.shape for k in kernels]}; all must be [{x.shape[-1]}, M]")
+    biases = tuple(biases or [None] * len(kernels))
+    width = kernels[0].shape[1]
+    if len(biases) != len(kernels) or any(b is not None and b.shape != (width,) for b in biases):
+        raise ValueError(f"routed_linear: biases have shapes {[b if b is None else b.shape for b in biases]}; each must be [{width}] or None")
     flat = x.reshape(-1, x.shape[-1])
-    chosen = _choose(implementation, flat.shape[0])
-    y = chosen.routed_linear(flat, tuple(kernels), tuple(biases or [None] * len(kernels)), routing)
+    y = _choose(implementation, flat.shape[0]).routed_linear(flat, tuple(kernels), biases, routing)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 

@@ -1,7 +1,7 @@
 """The released names and shapes of every tensor, and where each lives in our tree. One table, read in both directions.
 
-A row maps ONE upstream tensor to one of our leaves (or two, for the position table whose first row is the unused class position). A row with
-`{layer}` in its name stands for one tensor per decoder layer, stacked on the leading axis of our leaf.
+A row maps ONE upstream tensor to one of our leaves (or two: the first row of the position table is the
+unused class position). A row with `{layer}` in its name stands for one tensor per decoder layer, stacked on the leading axis of our leaf.
 """
 
 from __future__ import annotations

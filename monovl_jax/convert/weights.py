@@ -1,4 +1,4 @@
-"""Reads the weights of a model folder in the released layout: single or sharded safetensors, or `.bin` files through torch when it is there."""
+"""Reads the weights of a folder in the released layout: single or sharded safetensors, `.bin` files through torch when it is there."""
 
 from __future__ import annotations
 

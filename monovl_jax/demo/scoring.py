@@ -1,8 +1,9 @@
-"""Scores of the demo: exact match of generated answers on held-out pictures, text perplexity, and the proof that the text side was frozen."""
+"""Scores of the demo: exact match of generated answers, text perplexity, and the proof that the text side was frozen."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +24,8 @@ from monovl_jax.model import Ops
 from monovl_jax.training.step import make_eval_step
 from monovl_jax.training.trainable import Tree, flatten, initialise_experts
 
-TASKS = ("digits", "words", "scene_what", "scene_where", "scene_count", "scene_colour", "scene_there", "captions", "single", "words_natural")
+SCENE_TASKS = ("scene_what", "scene_where", "scene_count", "scene_colour", "scene_there")
+TASKS = ("digits", "words", *SCENE_TASKS, "captions", "single", "words_natural")
 ANSWER_TOKENS = {"captions": 24}
 ROWS = 100
 GALLERY = 4
@@ -70,9 +72,7 @@ class Evaluator:
 
     def generator(self, parameters: Tree) -> Generator:
         tokenizer = self.layout.tokenizer
-        return Generator(
-            self.config, parameters, self.ops, self.layout.context_id, [tokenizer.id_of("<|end|>")], tokenizer.id_of("<pad>")
-        )
+        return Generator(self.config, parameters, self.ops, self.layout.context_id, [tokenizer.id_of("<|end|>")], tokenizer.id_of("<pad>"))
 
     def _prompt(self, item: EvaluationItem, image: np.ndarray | None) -> Prompt:
         dialog = Dialog("", False, ((item.question, ""),), None if image is None else image.shape[:2], {})
@@ -139,13 +139,13 @@ def _digest(array: Any) -> str:
 
 
 def frozen_guarantee(records: dict[str, dict[str, Any]], trained: dict[str, frozenset[str]]) -> dict[str, dict[str, Any]]:
-    """Per stage: whether every leaf outside `trained[stage]` kept its SHA-256 since the stage before, and whether text logits are those of S0.
+    """Per stage: did every leaf outside `trained[stage]` keep its SHA-256 since the stage before, and are text logits those of S0?
 
     Experts copied between two stages are not compared (they were not frozen, they were made).
     """
     result: dict[str, dict[str, Any]] = {}
     names = list(records)
-    for before, stage in zip(names[:-1], names[1:], strict=True):
+    for before, stage in itertools.pairwise(names):
         old, new = records[before]["leaf_sha256"], records[stage]["leaf_sha256"]
         frozen = [path for path in new if path not in trained[stage]]
         result[stage] = {

@@ -1,7 +1,7 @@
 """The world's samples as a data source: the layout of the `compact` chat template, encoded directly for speed.
 
-    <bos> <|user|> <img> visual tokens </img> question <|assistant|> answer <|end|> <|user|> question ...
-    <bos> context <|user|> question <|assistant|> answer <|end|> ...                                    (text)
+<bos> <|user|> <img> visual tokens </img> question <|assistant|> answer <|end|> <|user|> question ...
+<bos> context <|user|> question <|assistant|> answer <|end|> ...                                    (text)
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import zipfile
 from collections.abc import Callable
@@ -130,7 +131,7 @@ class _ModelCase:
                 f"{self.folder}: {int(visual.sum())} visual slots for {len(tiles)} flagged tiles of {v} visual tokens; they must agree"
             )
         first = np.concatenate([[0], np.cumsum(visual.sum(1))])
-        spans = [(int(a) // v, -(-int(b) // v)) for a, b in zip(first[:-1], first[1:], strict=True)]
+        spans = [(int(a) // v, -(-int(b) // v)) for a, b in itertools.pairwise(first)]
         k = max(1, max(b - a for a, b in spans))
         batch["tiles"] = np.zeros((rows, k, *tiles.shape[1:]), tiles.dtype)
         batch["visual_index"] = np.full(ids.shape, -1, np.int32)
@@ -210,7 +211,7 @@ class _ModelCase:
         if ids is None:
             raise UnknownCase(f"{self.folder / 'outputs.npz'}: a generation is compared, but neither generated_ids nor gen_scores is there")
         steps = self.recorded["generated_ids"].shape[1] if "generated_ids" in self.recorded else ids.shape[0]
-        batch = self._batch()
+        batch: dict[str, Any] = self._batch()
         mask = batch["segment_ids"]
         batch["positions"] = np.where(mask, np.cumsum(mask, axis=1) - 1, 1).astype(np.float32)
         batch["key_length"] = np.int32(mask.shape[1])
@@ -237,7 +238,7 @@ class _ModelCase:
                 raise UnknownCase(f"{self.folder / 'case.json'}: {name} names no tensor of this model")
             return gradients[name[5:]]
         if name in ("loss", "loss_weighted"):
-            return np.float32(self._once(name, lambda: self._loss_and_gradients(name == "loss_weighted"))[0])
+            return np.asarray(self._once(name, lambda: self._loss_and_gradients(name == "loss_weighted"))[0], np.float32)
         if name in ("generated_ids", "gen_scores"):
             return self._once("generated", self._generated)[name]
         if name == "vit_embeds":

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from monovl_jax.data.chat import TEMPLATES, ChatTemplate, Turn, build_prompt, encode_conversation, parse_turns
+from monovl_jax.data.chat import TEMPLATES, ChatTemplate, Role, Turn, build_prompt, encode_conversation, parse_turns
 from monovl_jax.data.errors import SampleError
 from monovl_jax.data.tiling import NORMALIZATION, TilingConfig, choose_grid, count_tiles, normalize, tile_image
 from monovl_jax.data.tokenizer import Tokenizer
@@ -136,7 +136,13 @@ def _run_prompts(records: list[dict]) -> list[Check]:
     checks = []
     for number, r in enumerate(records):
         template = _template(r["template"])
-        roles = {"user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant", template.user_header: "user"}
+        roles: dict[str, Role] = {
+            "user": "user",
+            "assistant": "assistant",
+            "human": "user",
+            "gpt": "assistant",
+            template.user_header: "user",
+        }
         roles[template.assistant_header] = "assistant"
         turns = [Turn(roles[role], text) for role, text in r["messages"]]
         name = f"{number} {r['template']} {r['dialog']}"

@@ -39,7 +39,7 @@ def init_cache(config: DecoderConfig, batch: int, slots: int, dtype: Any) -> KVC
 
 
 class Attention(nnx.Module):
-    """One expert's projections of all layers: qkv [L, D, kv_heads, q_per_kv + 2, head_dim] in the released order, out [L, heads*head_dim, D]."""
+    """One expert's projections: qkv [L, D, kv_heads, q_per_kv + 2, head_dim] in the released order, out [L, heads * head_dim, D]."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, output: bool = True):
         n, d, kv, g, e = config.num_layers, config.hidden_size, config.num_kv_heads, config.queries_per_kv, config.head_dim

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 
 def rms_norm(x: Float[Array, "*b d"], scale: Float[Array, " d"], eps: float) -> Float[Array, "*b d"]:
-    """RMSNorm with float32 statistics, cast back to the dtype of x BEFORE the weight is applied (upstream modeling_internlm2_ve.py:138-143)."""
+    """RMSNorm: float32 statistics, cast back to the dtype of x BEFORE the weight is applied (modeling_internlm2_ve.py:138-143)."""
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
     return x32.astype(x.dtype) * scale.astype(x.dtype)

@@ -74,6 +74,9 @@ class VLM(nnx.Module):
         """Token embeddings with visual tokens in their slots."""
         h = self.decoder.embedding[...].astype(ops.dtype)[tokens]
         if tiles is not None:
+            # Nothing of a tile that fills no slot is wanted, but in the projector's weight gradient 0 * nan would be nan.
+            used = jnp.any((visual_slot >= 0).reshape(*tiles.shape[:2], -1), axis=-1)
+            tiles = jnp.where(used[..., None, None, None], tiles, 0)
             h = place_visual_tokens(h, self.visual_tokens(tiles, ops), visual_index, visual_slot)
         return ops.constrain(h, "tokens")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 
 import jax
 
@@ -52,7 +52,7 @@ class Feed:
             self._made[stage.name] = main, text
         return self._made[stage.name]
 
-    def __call__(self, stage: Stage, position: int) -> Iterator[tuple[Batch, ...]]:
+    def __call__(self, stage: Stage, position: int) -> Generator[tuple[Batch, ...], None, None]:
         """Endless batches number `position`, position + 1, ...: `training.loop.MakeBatches`."""
         main, text = self.pipelines(stage)
 

@@ -392,7 +392,7 @@ class Launch:
 
     def _bad(self) -> str:
         total = self.data.bad.total
-        return f"{total} bad samples so far, left out and listed in {self.data.bad.path}" if total else "no bad samples so far"
+        return f"bad samples so far: {total}, left out and listed in {self.data.bad.path}" if total else "bad samples so far: none"
 
     def check(self) -> None:
         """Makes the first batch of every stage and says what is in it; nothing is trained. Raises SampleError with `strict`."""

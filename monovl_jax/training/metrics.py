@@ -15,17 +15,21 @@ import json
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 LOG = "log.jsonl"
 PLAIN_INTERVAL = 5.0
 """Seconds between two lines where the output is no terminal."""
+
+RECENT = 20
+"""Rows over which the line averages its rates (the log holds each)."""
 
 Row = dict[str, Any]
 
@@ -100,6 +104,7 @@ class RunLog:
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._stage, self._steps, self._done_before, self._began, self._spoke = "", 0, 0, time.monotonic(), 0.0
+        self._recent: deque[Row] = deque(maxlen=RECENT)
 
     def __enter__(self) -> RunLog:
         return self
@@ -119,8 +124,9 @@ class RunLog:
         """A stage of `steps` starts, or goes on after `done` of them."""
         self._stage, self._steps, self._done_before, self._began = stage, steps, done, time.monotonic()
         self._spoke = time.monotonic()
+        self._recent.clear()
         if self._show and self._console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[text]}"), TimeElapsedColumn())
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=8), TextColumn("{task.fields[text]}"))
             self._bar = Progress(*columns, console=self._console)
             self._task = self._bar.add_task(stage, total=steps, completed=done, text="compiling ...")
             self._bar.start()
@@ -149,10 +155,14 @@ class RunLog:
         if not self._show:
             return
         now, step = time.monotonic(), row["step"]
+        self._recent.append(row)
+        seconds = [r["tokens"] / max(r["tokens_per_second"], 1e-9) for r in self._recent]
+        rate = sum(r["tokens"] for r in self._recent) / max(sum(seconds), 1e-9)
+        waiting = sum(s * r["data_wait"] for s, r in zip(seconds, self._recent)) / max(sum(seconds), 1e-9)
         left = (now - self._began) / max(1, step - self._done_before) * (self._steps - step)
         text = (
-            f"step {step}/{self._steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  {row['tokens_per_second']:,.0f} tokens/s  "
-            f"waiting for data {row['data_wait']:.0%}  ETA {_duration(left)}"
+            f"{step}/{self._steps}  loss {row['loss']:.3f}  lr {row['lr']:.1e}  {rate:,.0f} tokens/s  "
+            f"data wait {waiting:.0%}  ETA {_duration(left)}"
         )
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=step, text=text)

@@ -34,14 +34,15 @@ def learning_rate_schedule(stage: Stage) -> optax.Schedule:
     """Step s (from 0) to the learning rate of step s + 1.
 
     Warm-up is linear and starts above zero: peak * (s + 1) / warmup_steps, so that no step is wasted (HF's starts with a step at 0).
-    The cosine goes from the peak, at the first step after the warm-up, to final_fraction * peak, at the last step.
+    The cosine goes from the peak, at the first step after the warm-up, towards final_fraction * peak, which the step after the last would
+    have: with a fraction of 0 the last step still learns.
     """
     peak, warmup, steps = stage.learning_rate, stage.warmup_steps, stage.steps
 
     def schedule(step: Any) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
         if stage.schedule == "cosine":
-            progress = jnp.clip((step - warmup) / max(1, steps - 1 - warmup), 0.0, 1.0)
+            progress = jnp.clip((step - warmup) / max(1, steps - warmup), 0.0, 1.0)
             rate = peak * (stage.final_fraction + (1 - stage.final_fraction) * 0.5 * (1 + jnp.cos(jnp.pi * progress)))
         else:
             rate = jnp.full_like(step, peak)

@@ -20,7 +20,7 @@ from tests.quick import compiler_options, quick_jit
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 LAYERS = ("linear", "swiglu")
 IMPLEMENTATIONS = ("reference", "xla")
-SHAPES = ((1, 1, 1), (2, 3, 5), (17, 8, 4), (33, 5, 7), (100, 8, 12))
+SHAPES = ((1, 1, 1), (33, 5, 7), (100, 8, 12))
 """(tokens, width in, width inside or out); the last is the one most tests share."""
 BIG = SHAPES[-1]
 
@@ -188,6 +188,14 @@ def test_bad_rows_of_one_expert_stay_with_it(kind: str) -> None:
 # ---- under transformations -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def few_branches(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Five programs per switch in place of seventeen: the same code, compiled in a third of the time."""
+    for module in ("routing", "xla"):
+        monkeypatch.setattr(f"pallas_kernels.{module}.BLOCKS", 4)
+    return 4
+
+
 def stack(*trees: Any) -> Any:
     return jax.tree.map(lambda *a: np.stack(a), *trees)
 
@@ -210,6 +218,7 @@ def deep(kind: str, implementation: str | None, remat: bool, policy: Any = None)
 
 @pytest.mark.parametrize("remat", ["none", "full", "save"])
 @pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.usefixtures("few_branches")
 def test_in_scan_and_under_remat(kind: str, remat: str) -> None:
     shape, expert = (80, 6, 6), MASKS["random"][:80].astype(np.int32)
     x = make_inputs(kind, shape)[0]
@@ -220,18 +229,20 @@ def test_in_scan_and_under_remat(kind: str, remat: str) -> None:
     close(got, want, 1e-5)
 
 
+@pytest.mark.usefixtures("few_branches")
 def test_compiled_as_users_compile_it() -> None:
     """Once with XLA's own options: they fuse what the quick ones do not."""
-    shape, expert = BIG, MASKS["random"].astype(np.int32)
-    x, weights, dy = make_inputs("swiglu", shape)
+    x, weights, dy = make_inputs("swiglu", BIG)
+    expert = MASKS["random"].astype(np.int32)
 
-    def run(x, weights):
+    def run(x, weights, expert, dy):
         y, pull = jax.vjp(lambda x, w: layer("swiglu", x, w, expert, "xla"), x, weights)
         return y, pull(dy)
 
-    close(jax.jit(run)(x, weights), compiled("swiglu", "reference")(x, weights, expert, dy), 1e-5)
+    close(jax.jit(run)(x, weights, expert, dy), compiled("swiglu", "reference")(x, weights, expert, dy), 1e-5)
 
 
+@pytest.mark.usefixtures("few_branches")
 @pytest.mark.parametrize("kind", LAYERS)
 def test_vmap_over_tokens_and_over_routings(kind: str) -> None:
     shape = (20, 3, 4)
@@ -251,25 +262,31 @@ def test_vmap_over_tokens_and_over_routings(kind: str) -> None:
 
 
 def test_forward_mode_is_a_clear_error() -> None:
-    x, weights, _ = make_inputs("swiglu", (20, 3, 4))
-    expert = np.zeros(20, np.int32)
-    with pytest.raises(TypeError, match="can't apply forward-mode differentiation"):
-        jax.jvp(lambda x: layer("swiglu", x, weights, expert, "xla"), (x,), (x,))
+    x, weights, _ = jax.tree.map(jnp.asarray, make_inputs("swiglu", (20, 3, 4)))
+    expert = jnp.zeros(20, jnp.int32)
+    with pytest.raises(TypeError, match="can't apply forward-mode .* to a custom_vjp"):
+        jax.eval_shape(lambda x: jax.jvp(lambda x: layer("swiglu", x, weights, expert, "xla"), (x,), (x,)), x)
 
 
+@pytest.mark.usefixtures("few_branches")
 def test_leading_dimensions_are_flattened_in_order() -> None:
     x, weights, _ = make_inputs("linear", (24, 4, 6))
     expert = np.random.default_rng(0).integers(-1, 2, (2, 12)).astype(np.int32)
-    flat = quick_jit(lambda x, e: layer("linear", x, weights, e, "xla"))
-    same(flat(x.reshape(2, 12, 4), expert), np.asarray(flat(x, expert)).reshape(2, 12, 6))
+    run = quick_jit(lambda x, w, e: layer("linear", x, w, e, "xla"))
+    same(run(x.reshape(2, 12, 4), weights, expert), np.asarray(run(x, weights, expert.reshape(-1))).reshape(2, 12, 6))
 
 
+@pytest.mark.usefixtures("few_branches")
 def test_no_bias_and_one_bias() -> None:
     x, ((text, bias), (visual, _)), _ = make_inputs("linear", (24, 4, 6))
     expert = (np.arange(24) % 2).astype(np.int32)
-    for biases in (None, (None, None), (bias, None), (None, bias)):
+
+    def loss(x, kernels, biases, implementation):
+        return jnp.sum(routed_linear(x, kernels, make_routing(jnp.asarray(expert)), biases, implementation) ** 2)
+
+    for biases in (None, (bias, None), (None, bias)):
         want, got = (
-            quick_jit(jax.value_and_grad(lambda x, i=i, b=biases: jnp.sum(routed_linear(x, (text, visual), make_routing(expert), b, i) ** 2)))(x)
+            quick_jit(jax.value_and_grad(functools.partial(loss, implementation=i), (0, 1, 2)))(x, (text, visual), biases)
             for i in IMPLEMENTATIONS
         )
         close(got, want, 1e-5)
@@ -277,7 +294,7 @@ def test_no_bias_and_one_bias() -> None:
 
 @pytest.mark.parametrize(("tokens", "sorts"), [(SMALL - 1, False), (SMALL, True)])
 def test_few_tokens_are_not_sorted(tokens: int, sorts: bool) -> None:
-    x, weights, _ = make_inputs("swiglu", (tokens, 2, 3))
+    x, weights, _ = jax.tree.map(jnp.asarray, make_inputs("swiglu", (tokens, 2, 3)))
     routing = make_routing(jnp.zeros(tokens, jnp.int32))
     assert ("cond[" in str(jax.make_jaxpr(lambda x: routed_swiglu(x, weights, routing))(x))) == sorts
 
@@ -291,54 +308,57 @@ def count_matmuls(f: Any, *args: Any) -> int:
 
 
 @pytest.mark.parametrize("remat", [False, True])
-@pytest.mark.parametrize(("kind", "per_expert"), [("linear", 1), ("swiglu", 3)])
-def test_a_frozen_expert_has_no_weight_gradient(kind: str, per_expert: int, remat: bool) -> None:
+@pytest.mark.parametrize(("kind", "weight_matmuls"), [("linear", 1), ("swiglu", 3)])
+def test_a_frozen_expert_has_no_weight_gradient(kind: str, weight_matmuls: int, remat: bool, few_branches: int) -> None:
     shape, expert = (64, 4, 4), np.zeros(64, np.int32)
     x = make_inputs(kind, shape)[0]
     text, visual = (stack(*(make_inputs(kind, shape, seed=s)[1][e] for s in (1, 2))) for e in (0, 1))
     loss = deep(kind, "xla", remat)
-
-    def split(trainable, frozen, visual_trains, x, expert):
-        return loss((frozen, trainable) if visual_trains else (trainable, frozen), x, expert)
-
     both = count_matmuls(jax.value_and_grad(loss), (text, visual), x, expert)
-    for visual_trains, args in ((True, (visual, text)), (False, (text, visual))):
-        one = count_matmuls(jax.value_and_grad(functools.partial(split, visual_trains=visual_trains)), *args, x=x, expert=expert)
-        assert both - one == per_expert * BLOCKS, "a weight gradient's matmuls, one per branch of the frozen expert's switch"
+    visual_alone = count_matmuls(jax.value_and_grad(lambda visual, text, x, expert: loss((text, visual), x, expert)), visual, text, x, expert)
+    assert both - visual_alone == weight_matmuls * few_branches, "the frozen expert's weight gradient, in each program of its switch"
 
 
-def test_no_gradient_at_all_costs_one_pass() -> None:
-    shape, expert = (64, 4, 4), np.zeros(64, np.int32)
-    x, weights, _ = make_inputs("swiglu", shape)
-    assert count_matmuls(lambda x: layer("swiglu", x, weights, expert, "xla"), x) == 2 * 3 * BLOCKS
+def test_the_forward_pass_has_no_other_matmuls() -> None:
+    expert = np.zeros(64, np.int32)
+    x, weights, _ = make_inputs("swiglu", (64, 4, 4))
+    assert count_matmuls(lambda x, w, e: layer("swiglu", x, w, e, "xla"), x, weights, expert) == 2 * 3 * BLOCKS
 
 
 # ---- errors --------------------------------------------------------------------------------------------------------------------------
 
 
-def routing_of(tokens: int, num_experts: int = 2):
-    return make_routing(jnp.zeros(tokens, jnp.int32), num_experts)
+def zeros(*shape: int) -> jax.Array:
+    return jnp.zeros(shape, jnp.float32)
 
 
-K34, K35 = np.zeros((3, 4), np.float32), np.zeros((3, 5), np.float32)
-FFN = (K34, K34, K34.T)
+def routing_of(tokens: int):
+    return make_routing(jnp.zeros(tokens, jnp.int32))
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: routed_linear(np.zeros((2, 4, 3), np.float32), (K34, K34), routing_of(9)), r"\(2, 4, 3\), 8 tokens.*made for 9"),
-        (lambda: routed_linear(np.zeros((0, 3), np.float32), (K34, K34), routing_of(1)), r"\(0, 3\), 0 tokens"),
-        (lambda: routed_linear(np.zeros((9, 3), np.float32), (K34,) * 3, routing_of(9)), "3 experts were given.*made for 2"),
-        (lambda: routed_linear(np.zeros((9, 3), np.float32), (K34, K35), routing_of(9)), r"\(3, 4\), \(3, 5\)"),
-        (lambda: routed_linear(np.zeros((9, 7), np.float32), (K34, K34), routing_of(9)), r"all must be \[7, M\]"),
-        (lambda: routed_swiglu(np.zeros((9, 3), np.float32), (FFN,), routing_of(9)), "1 experts were given.*made for 2"),
-        (lambda: routed_swiglu(np.zeros((9, 3), np.float32), (FFN, (K34, K34, K34)), routing_of(9)), r"expert 1 has shapes.*expected"),
-        (lambda: routed_swiglu(np.zeros((9, 4), np.float32), (FFN, FFN), routing_of(9)), r"expert 0 has shapes.*\(4, 4\)"),
-        (lambda: routed_swiglu(np.zeros((9, 3), np.float32), (FFN, FFN), routing_of(9), "cuda"), "implementation is 'cuda'; use None"),
-    ],
-)
-def test_shapes_that_disagree(call, message: str) -> None:
-    with pytest.raises(Exception, match=message) as caught:
-        call()
-    assert isinstance(caught.value, ValueError) or "beartype" in type(caught.value).__module__
+def test_shapes_that_disagree() -> None:
+    k, routing = zeros(3, 4), routing_of(9)
+    ffn = (k, k, k.T)
+    for call, message in (
+        (lambda: routed_linear(zeros(2, 4, 3), (k, k), routing), r"\(2, 4, 3\), 8 tokens.*made for 9"),
+        (lambda: routed_linear(zeros(0, 3), (k, k), routing), r"\(0, 3\), 0 tokens"),
+        (lambda: routed_linear(zeros(9, 3), (k, k, k), routing), "3 experts were given.*made for 2"),
+        (lambda: routed_linear(zeros(9, 3), (k, zeros(3, 5)), routing), r"\(3, 4\), \(3, 5\)"),
+        (lambda: routed_linear(zeros(9, 7), (k, k), routing), r"all must be \[7, M\]"),
+        (lambda: routed_swiglu(zeros(9, 3), (ffn,), routing), "1 experts were given.*made for 2"),
+        (lambda: routed_swiglu(zeros(9, 3), (ffn, (k, k, k)), routing), r"expert 1 has shapes.*expected.*\(4, 3\)"),
+        (lambda: routed_swiglu(zeros(9, 4), (ffn, ffn), routing), r"expert 0 has shapes.*expected.*\(4, 4\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@pytest.mark.parametrize("biases", [(zeros(5), zeros(5)), (zeros(4),), (zeros(1), None)])
+def test_biases_that_do_not_fit(biases: tuple) -> None:
+    with pytest.raises(ValueError, match="bias"):
+        routed_linear(zeros(9, 3), (zeros(3, 4), zeros(3, 4)), routing_of(9), biases)
+
+
+def test_an_unknown_implementation() -> None:
+    with pytest.raises(Exception, match="'cuda'"):  # by the annotation here, by a ValueError elsewhere
+        routed_linear(zeros(9, 3), (zeros(3, 4), zeros(3, 4)), routing_of(9), implementation="cuda")

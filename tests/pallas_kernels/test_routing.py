@@ -67,11 +67,13 @@ def test_other_numbers_of_experts(case: tuple[int, np.ndarray]) -> None:
     check(ids, compiled(num_experts)(ids), num_experts)
 
 
-@pytest.mark.parametrize("size", range(1, 200))
-def test_the_worst_counts_waste_less_than_an_eighth(size: int) -> None:
-    rows = -(-size // BLOCKS)
-    waste = max(-(-text // rows) * rows + -(-visual // rows) * rows - text - visual for text in range(size + 1) for visual in {0, 1, size - text})
-    assert waste < size / 8 or waste == 0
+def test_the_worst_counts_waste_less_than_an_eighth() -> None:
+    """Every split of up to 200 tokens into text, visual and padding, by the arithmetic of the docstring."""
+    for size in range(1, 201):
+        rows = -(-size // BLOCKS)
+        text, visual = np.meshgrid(np.arange(size + 1), np.arange(size + 1))
+        waste = -(-text // rows) * rows + -(-visual // rows) * rows - text - visual
+        assert waste[text + visual <= size].max() < size / 8
 
 
 def test_the_order_of_the_docstring() -> None:

@@ -25,7 +25,7 @@ from monovl_jax.training.metrics import read_log, truncate_log
 from monovl_jax.training.stages import RecipeError
 from monovl_jax.training.trainable import digests
 from tests.conftest import ROOT
-from tests.training.worlds import OPS, make_batches, recipe, stage, text_stage
+from tests.training.worlds import OPS, make_batches, plain_parameters, recipe, stage, text_stage
 
 SMALL = recipe(stages=(text_stage(), stage(text_rows=0, text_length=0, text_mixture={}, accumulation=1, steps=7)))
 QUIET: dict[str, Any] = dict(ops=OPS, initial=lambda: plain_parameters(tiny()), checkpoint_every=2, progress=False, tensorboard=False)

@@ -19,12 +19,12 @@ from tests.training.worlds import recipe, stage
 
 
 def test_cosine_schedule() -> None:
-    rate = learning_rate_schedule(stage(steps=11, warmup_steps=4, learning_rate=0.1, final_fraction=0.1))
+    rate = learning_rate_schedule(stage(steps=12, warmup_steps=4, learning_rate=0.1, final_fraction=0.1))
     np.testing.assert_allclose([rate(s) for s in range(4)], [0.025, 0.05, 0.075, 0.1], rtol=1e-6)
     assert float(rate(4)) == pytest.approx(0.1)
-    assert float(rate(7)) == pytest.approx(0.1 * (0.1 + 0.9 / 2))
-    assert float(rate(10)) == pytest.approx(0.01)
-    assert all(float(rate(s)) > float(rate(s + 1)) for s in range(4, 10))
+    assert float(rate(8)) == pytest.approx(0.1 * (0.1 + 0.9 / 2))
+    assert float(rate(12)) == pytest.approx(0.01)
+    assert all(float(rate(s)) > float(rate(s + 1)) for s in range(4, 11))
 
 
 def test_constant_schedule() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -25,17 +27,15 @@ OPS = Ops(routed_swiglu=partial(pallas_kernels.routed_swiglu, implementation="re
 def plain_parameters(config: ModelConfig, seed: int = 0) -> Tree:
     """Random parameters made by numpy: nothing to compile."""
     rng = np.random.default_rng(seed)
-    shapes = flatten(model_structure(config).shapes)
-    scale = {
-        path: 0.5 if path == "decoder/embedding" else shape.shape[-2] ** -0.5 if len(shape.shape) > 1 else 0.1
-        for path, shape in shapes.items()
-    }
-    return unflatten(
-        {
-            path: jnp.asarray(("norm" in path) + scale[path] * rng.standard_normal(shape.shape), jnp.float32)
-            for path, shape in shapes.items()
-        }
-    )
+
+    def make(path: str, shape: tuple[int, ...]) -> jax.Array:
+        fan_in = {"embedding": 4, "position_embedding": 10}.get(path.split("/")[-1])
+        if fan_in is None:
+            fan_in = math.prod(shape[:-1]) if path == "vision/kernel" else shape[1] if path.startswith("decoder/blocks/") else shape[0]
+        flat = "norm" in path or "bias" in path
+        return jnp.asarray(("norm" in path) + (0.1 if flat else fan_in**-0.5) * rng.standard_normal(shape), jnp.float32)
+
+    return unflatten({path: make(path, leaf.shape) for path, leaf in flatten(model_structure(config).shapes).items()})
 
 
 def image_rows(config: ModelConfig, rows: int, length: int, tiles: int, seed: int) -> dict[str, np.ndarray]:

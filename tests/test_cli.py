@@ -1,0 +1,67 @@
+"""The command line as a user meets it: arguments, exit codes, one sentence on stderr."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tyro
+
+from monovl_jax import cli
+from tests.conftest import ROOT
+
+
+def parsed(command: str, *arguments: str) -> dict:
+    """What a command function is called with."""
+    seen: dict = {}
+    function = cli.COMMANDS[command]
+
+    def record(*args, **kwargs) -> int:
+        seen.update(dict(zip(function.__annotations__, args, strict=False)), **kwargs)
+        return 0
+
+    record.__annotations__, record.__doc__, record.__name__ = function.__annotations__, function.__doc__, function.__name__
+    record.__wrapped__ = function  # pyright: ignore[reportFunctionMemberAccess]
+    tyro.cli(record, args=list(arguments))
+    return seen
+
+
+def test_arguments_of_train() -> None:
+    seen = parsed("train", "evip", "--data", "m.json", "--stages", "S1.1", "S2", "--strict", "--run-dir", "runs/x", "--remat", "full")
+    assert (seen["recipe"], seen["data"], seen["stages"], seen["strict"]) == ("evip", Path("m.json"), ("S1.1", "S2"), True)
+    assert seen["run_dir"] == Path("runs/x") and seen["remat"] == "full" and seen["dtype"] is None and seen["seed"] is None
+
+
+def test_train_needs_data(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parsed("train", "evip")
+    assert caught.value.code == 2 and "--data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "nonsense", "--data", "none.json"], "monovl train: no recipe is called 'nonsense'"),
+        (["generate", "--model", "none", "--prompt", "x"], "monovl generate: none is no folder"),
+        (["parity"], "monovl parity: give at least one case folder"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2(arguments: list[str], message: str, tmp_path: Path) -> None:
+    child = subprocess.run(
+        [sys.executable, "-m", "monovl_jax.cli", *arguments], cwd=tmp_path, env=_environment(), capture_output=True, text=True, check=False
+    )
+    assert child.returncode == 2 and child.stdout == "" and child.stderr.startswith(message) and child.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def _environment() -> dict[str, str]:
+    import os
+
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def test_parity_in_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.parity((tmp_path,), json_output=True) == 2
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["exit_code"] == 2 and str(tmp_path) in printed["cases"][0]["error"]
