@@ -128,7 +128,7 @@ def train(
     """Train a recipe on your own pictures and conversations (docs/training.md). Rerun the same command to resume.
 
     Args:
-        recipe: evip, evip_plus_plus, or FILE.py:NAME with a Recipe or a function that gives one.
+        recipe: evip, evip_plus_plus, finetune, or FILE.py:NAME with a Recipe or a function that gives one.
         data: META.json, which lists the data sets.
         init: weights to start from, a run directory or a folder in the released layout; random ones without it.
         init_stage: of a run directory, the stage to start from; its last finished one by default.

@@ -9,10 +9,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Experts = Literal["none", "ffn", "ffn+attention"]
 RopeScaling = Literal["none", "linear", "dynamic"]
+PixelShuffle = Literal["v1", "v2"]
 PixelStatistics = Literal["imagenet", "clip", "siglip"]
 
 VOCAB_MULTIPLE = 128
@@ -37,6 +38,7 @@ class RopeConfig:
 
     def __post_init__(self) -> None:
         _require(self.scaling in ("none", "linear", "dynamic"), f"rope.scaling is {self.scaling!r}; use 'none', 'linear' or 'dynamic'")
+        _require(0 < self.theta < float("inf"), f"rope.theta is {self.theta}; it must be a positive number")
         _require(self.factor >= 1.0, f"rope.factor is {self.factor}; it must be a number >= 1")
 
 
@@ -51,7 +53,7 @@ class VisionConfig:
     tile_size: int = 448
     """Side of a tile in pixels (`force_image_size`)."""
     downsample_ratio: float = 0.5
-    pixel_shuffle: Literal["v1", "v2"] = "v2"
+    pixel_shuffle: PixelShuffle = "v2"
     pixel_statistics: PixelStatistics = "imagenet"
 
     def __post_init__(self) -> None:
@@ -120,6 +122,7 @@ class DecoderConfig:
             "max_position_embeddings",
         ):
             _require(getattr(self, name) > 0, f"decoder.{name} is {getattr(self, name)}; it must be positive")
+        _require(self.rms_norm_eps > 0, f"decoder.rms_norm_eps is {self.rms_norm_eps}; it must be positive")
         _require(self.hidden_size % self.num_heads == 0, f"hidden size {self.hidden_size} is no multiple of {self.num_heads} heads")
         _require(self.num_heads % self.num_kv_heads == 0, f"{self.num_heads} heads are no multiple of {self.num_kv_heads} kv heads")
         _require(self.head_dim % 2 == 0, f"head size {self.head_dim} is odd; rotary embedding needs an even one")
@@ -158,7 +161,10 @@ class ModelConfig:
         _require(
             1 <= self.min_tiles <= self.max_tiles, f"tiles per image: min {self.min_tiles}, max {self.max_tiles}; need 1 <= min <= max"
         )
-        _require(all(e in (0, 1) for e in self.expert_of_type), f"expert_of_type is {self.expert_of_type}; experts are 0 and 1")
+        _require(
+            len(self.expert_of_type) == 3 and all(e in (0, 1) for e in self.expert_of_type),
+            f"expert_of_type is {self.expert_of_type}; give expert 0 or 1 for each of text, visual and query tokens",
+        )
 
 
 def mono_internvl_2b() -> ModelConfig:
@@ -236,22 +242,30 @@ def config_from_json(text: str) -> ModelConfig:
 
     kind = vision.get("model_type", "intern_vit_6b")
     _require(kind == "intern_vit_patch", f"config.json: vision_config.model_type is {kind!r}; only 'intern_vit_patch' is supported so far")
-    architecture = (llm.get("architectures") or ["?"])[0]
+    architectures = llm.get("architectures")
+    architecture = architectures[0] if isinstance(architectures, list) and architectures else None
     _require(
         architecture in (_VE_ARCHITECTURE, "InternLM2ForCausalLM"),
-        f"config.json: llm_config.architectures[0] is {architecture!r}; supported: {_VE_ARCHITECTURE}, InternLM2ForCausalLM",
+        f"config.json: llm_config.architectures is {architectures!r}; supported: [{_VE_ARCHITECTURE!r}], ['InternLM2ForCausalLM']",
     )
     select_layer = raw.get("select_layer", -1)
     _require(select_layer == -1, f"config.json: select_layer is {select_layer}; the patch embedding has no layers, so it must be -1")
     activation = llm.get("hidden_act", "silu")
     _require(activation == "silu", f"config.json: llm_config.hidden_act is {activation!r}; only 'silu' is supported")
 
+    shuffle, statistics = _get(raw, "ps_version", "v1", "", str), _get(raw, "normalize_type", "imagenet", "", str)
+    _require(shuffle in get_args(PixelShuffle), f"config.json: ps_version is {shuffle!r}; use 'v1' or 'v2'")
+    _require(
+        statistics in get_args(PixelStatistics),
+        f"config.json: normalize_type is {statistics!r}; known pixel statistics: {', '.join(get_args(PixelStatistics))}",
+    )
+
     def integer(section: dict[str, Any], key: str, default: int, where: str) -> int:
         return _get(section, key, default, where, int)
 
     image_size = integer(vision, "image_size", 224, "vision_config.")
     attention_experts = _get(llm, "use_attention_ve", False, "llm_config.", bool) or _get(raw, "use_attention_ve", False, "", bool)
-    output_expert = llm.get("attention_ve_output", raw.get("attention_ve_output", True))
+    output_expert = _get(llm, "attention_ve_output", _get(raw, "attention_ve_output", True, "", bool), "llm_config.", bool)
     experts: Experts = "none" if architecture != _VE_ARCHITECTURE else "ffn+attention" if attention_experts else "ffn"
     heads = integer(llm, "num_attention_heads", 32, "llm_config.")
     return ModelConfig(
@@ -261,8 +275,8 @@ def config_from_json(text: str) -> ModelConfig:
             position_image_size=image_size,
             tile_size=integer(raw, "force_image_size", image_size, ""),
             downsample_ratio=float(_get(raw, "downsample_ratio", 0.5, "", number)),
-            pixel_shuffle=_get(raw, "ps_version", "v1", "", str),
-            pixel_statistics=_get(raw, "normalize_type", "imagenet", "", str),
+            pixel_shuffle=shuffle,
+            pixel_statistics=statistics,
         ),
         decoder=DecoderConfig(
             vocab_size=integer(llm, "vocab_size", 103_168, "llm_config."),
@@ -277,7 +291,7 @@ def config_from_json(text: str) -> ModelConfig:
             attention_bias=_get(llm, "bias", True, "llm_config.", bool),
             tie_embeddings=_get(llm, "tie_word_embeddings", False, "llm_config.", bool),
             experts=experts,
-            attention_expert_output=bool(output_expert),
+            attention_expert_output=output_expert,
         ),
         template=_get(raw, "template", "internlm2-chat", "", str),
         min_tiles=integer(raw, "min_dynamic_patch", 1, ""),
@@ -362,4 +376,8 @@ def read_config(folder: str | Path) -> ModelConfig:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ConfigError(f"{path} does not exist; give a model folder in the released layout")
-    return config_from_json(path.read_text(encoding="utf-8"))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is no UTF-8 text (byte {error.start}); download it again") from None
+    return config_from_json(text)

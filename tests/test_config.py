@@ -238,7 +238,6 @@ def test_a_bad_field_is_named(path: str, value: Any) -> None:
         "num_attention_heads": "num_heads|num_attention_heads|head size",
         "num_key_value_heads": "kv heads",
         "hidden_size": "hidden.size",
-        "normalize_type": "pixel_statistics",
         "min_dynamic_patch": "min 0",
         "max_dynamic_patch": "max 0",
         "rope_theta": "rope.theta",

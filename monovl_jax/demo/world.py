@@ -254,16 +254,18 @@ class Lesson:
         return tuple(out)
 
 
-_PICTURES = (("scene", 0.50), ("digit", 0.18), ("word", 0.25), ("single", 0.07))
+_PICTURES = (("scene", 0.50), ("digit", 0.15), ("word", 0.30), ("single", 0.05))
+# Look-ups by name (where, is there) form late, so they are asked more often, and many at once.
+_DENSE = {"weights": (1.0, 2.0, 0.7, 0.7, 2.0), "lists": 0.6}
 LESSONS: Mapping[str, Lesson] = {
     lesson.name: lesson
     for lesson in (
-        Lesson("language", (("prose", 0.10), ("drill", 0.30), ("told", 0.15), ("chart", 0.45))),
+        Lesson("language", (("prose", 0.10), ("drill", 0.40), ("told", 0.15), ("chart", 0.35))),
         Lesson("concept", (("scene", 0.45), ("digit", 0.25), ("word", 0.30)), "name", tiles=1, objects=1, letters=(1, 3), lines=1, real_words=0.0),
-        Lesson("semantic", _PICTURES, "both", objects=2, letters=(2, 4), lines=1, real_words=0.0),
-        Lesson("alignment", _PICTURES),
-        Lesson("instruction", _PICTURES),
-        Lesson("text_mix", (("prose", 0.3), ("told", 0.3), ("chart", 0.4))),
+        Lesson("semantic", _PICTURES, "both", objects=2, letters=(2, 4), lines=1, real_words=0.0, **_DENSE),
+        Lesson("alignment", _PICTURES, captions=0.15, turns=3, **_DENSE),
+        Lesson("instruction", _PICTURES, captions=0.15, turns=3, **_DENSE),
+        Lesson("text_mix", (("prose", 0.4), ("drill", 0.2), ("told", 0.2), ("chart", 0.2))),
     )
 }
 
@@ -421,7 +423,7 @@ class World:
             return "what is " + " and ".join(spots), " " + " and ".join(names)
         if kind == "where":
             return "where is the " + " and the ".join(names), ",".join(f" a {name} {spot}" for name, spot in zip(names, spots, strict=True))
-        others = [d for d in (dice.choice(DRAWINGS) for _ in range(len(names))) if d not in names]
+        others = [d for d in (dice.choice(DRAWINGS) for _ in range(max(len(names), 6 - len(names)))) if d not in names]
         asked = dice.shuffled([(name, "yes") for name in names] + [(d, "no") for d in dict.fromkeys(others)])
         return _ask_which(asked)
 

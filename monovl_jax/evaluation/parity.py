@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def _arrays(path: Path) -> Arrays:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise UnknownCase(f"{path} is no readable .npz file of plain arrays ({error})") from None
 
 
@@ -84,11 +85,12 @@ class _ModelCase:
         self.inputs, self.recorded = _arrays(folder / "inputs.npz"), _arrays(folder / "outputs.npz")
         if not any(name.endswith("input_ids") for name in self.inputs):
             raise UnknownCase(f"{folder / 'inputs.npz'}: there is no input_ids")
+        if not isinstance(case["compare"], dict) or not case["compare"]:
+            raise UnknownCase(f"{folder / 'case.json'}: compare is {case['compare']!r}; expected an object of outputs with their tolerances")
         config = read_config(folder)
-        pixels = [a for name, a in self.inputs.items() if name.endswith("pixel_values")]
-        if pixels:
-            side = pixels[0].shape[-1]
-            config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, tile_size=side))
+        prefixes = [name.removesuffix("pixel_values") for name in self.inputs if name.endswith("pixel_values")]
+        if prefixes and (pixels := self._pixels(prefixes[0])) is not None:
+            config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, tile_size=pixels.shape[1]))
         self.config: ModelConfig = config
         self.ops = Ops(dtype=jnp.float32)
         self.graphdef, _ = abstract_model(config)
@@ -100,20 +102,34 @@ class _ModelCase:
     def _input(self, name: str, prefix: str = "") -> np.ndarray | None:
         return self.inputs.get(prefix + name)
 
+    def _per_token(self, name: str, prefix: str, shape: tuple[int, ...]) -> np.ndarray | None:
+        array = self._input(name, prefix)
+        if array is not None and array.shape != shape:
+            raise UnknownCase(f"{self.folder / 'inputs.npz'}: {prefix}{name} has shape {array.shape}, but input_ids {shape}")
+        return array
+
+    def _token_id(self, name: str, default: Any) -> int:
+        value = self.case.get(name, default)
+        if value is None:
+            raise UnknownCase(f"{self.folder / 'case.json'}: {name} is missing")
+        if np.ndim(value) or not np.issubdtype(np.asarray(value).dtype, np.integer):
+            raise UnknownCase(f"{self.folder / 'case.json'}: {name} is {value!r}; expected a token id")
+        return int(value)
+
     def _batch(self, prefix: str = "") -> dict[str, np.ndarray]:
         """The recorded inputs as a batch: the tiles of the whole batch, in order, fill the visual slots of its rows, in order."""
         ids = self._input("input_ids", prefix)
         if ids is None or ids.ndim != 2:
             raise UnknownCase(f"{self.folder / 'inputs.npz'}: {prefix}input_ids is missing or not [rows, tokens]")
         rows, length = ids.shape
-        mask = self._input("attention_mask", prefix)
+        if ids.size == 0 or ids.min() < 0 or ids.max() >= self.config.decoder.vocab_size:
+            raise UnknownCase(f"{self.folder / 'inputs.npz'}: {prefix}input_ids must lie in [0, {self.config.decoder.vocab_size})")
+        mask = self._per_token("attention_mask", prefix, ids.shape)
         mask = np.ones_like(ids) if mask is None else mask
-        positions = self._input("position_ids", prefix)
+        positions = self._per_token("position_ids", prefix, ids.shape)
         positions = np.broadcast_to(np.arange(length), ids.shape) if positions is None else positions
-        context = self.case.get("img_context_token_id", self.inputs.get(prefix + "img_context_token_id"))
-        if context is None:
-            raise UnknownCase(f"{self.folder / 'case.json'}: img_context_token_id is missing")
-        visual = ids == int(context)
+        context = self._token_id("img_context_token_id", self.inputs.get(prefix + "img_context_token_id"))
+        visual = ids == context
         batch = {
             "tokens": ids.astype(np.int32),
             "token_types": np.where(visual, VISUAL, np.where(mask != 0, TEXT, PADDING)).astype(np.int8),
@@ -151,13 +167,18 @@ class _ModelCase:
             return None
         if pixels.ndim != 4 or 3 not in (pixels.shape[1], pixels.shape[-1]):
             raise UnknownCase(f"{self.folder / 'inputs.npz'}: pixel_values has shape {pixels.shape}; expected [tiles, 3, H, W]")
-        return pixels.transpose(0, 2, 3, 1) if pixels.shape[1] == 3 else pixels
+        pixels = pixels.transpose(0, 2, 3, 1) if pixels.shape[1] == 3 else pixels
+        if pixels.shape[1] != pixels.shape[2]:
+            raise UnknownCase(f"{self.folder / 'inputs.npz'}: pixel_values are {pixels.shape[1]} x {pixels.shape[2]}; tiles are square")
+        return pixels
 
     def _tiles(self, prefix: str) -> np.ndarray | None:
         pixels, flags = self._pixels(prefix), self._input("image_flags", prefix)
         if pixels is None:
             return None
-        return pixels if flags is None else pixels[np.asarray(flags).reshape(-1) == 1]
+        if flags is not None and flags.size != len(pixels):
+            raise UnknownCase(f"{self.folder / 'inputs.npz'}: image_flags has {flags.size} entries for {len(pixels)} tiles")
+        return pixels if flags is None else pixels[flags.reshape(-1) == 1]
 
     # ---- outputs
 
@@ -188,22 +209,24 @@ class _ModelCase:
         labels, weights = self._input("labels"), self._input("loss_weight")
         if labels is None or (weighted and weights is None):
             raise UnknownCase(f"{self.folder}: a loss is compared, but inputs.npz has no {'loss_weight' if weighted else 'labels'}")
+        ids = self.inputs["input_ids"]
+        for name in ("labels", "loss_weight"):
+            self._per_token(name, "", ids.shape)
         shifted = labels[:, 1:]
         supervised = shifted != IGNORED_LABEL
         w = weights[:, 1:].astype(np.float32) if weighted and weights is not None else supervised.astype(np.float32)
         total = w.sum()
         last = ((0, 0), (0, 1))
         targets, w = np.pad(np.where(supervised, shifted, 0), last), np.pad(w * supervised, last)
-        batch = self._batch()
 
-        def loss(params):
+        def loss(params, batch, targets, w):
             model = nnx.merge(self.graphdef, params)
             hidden, _ = model(batch, self.ops)
             flat = hidden.reshape(-1, hidden.shape[-1])
             vocab = self.config.decoder.vocab_size
-            return weighted_nll(flat, model.decoder.head_kernel(), targets.reshape(-1), w.reshape(-1), vocab) / total
+            return weighted_nll(flat, model.decoder.head_kernel(), targets, w, vocab) / total
 
-        value, gradients = jax.jit(jax.value_and_grad(loss))(self.params)
+        value, gradients = jax.jit(jax.value_and_grad(loss))(self.params, self._batch(), targets.reshape(-1), w.reshape(-1))
         return float(value), dict(tree_to_upstream(self.config, jax.device_get(gradients)))
 
     def _generated(self) -> dict[str, np.ndarray]:
@@ -216,13 +239,15 @@ class _ModelCase:
         batch["positions"] = np.where(mask, np.cumsum(mask, axis=1) - 1, 1).astype(np.float32)
         batch["key_length"] = np.int32(mask.shape[1])
         eos = (self.case.get("generate") or {}).get("eos", [])
-        stop = np.asarray(eos, np.int32).reshape(-1)
+        stop = np.asarray(eos).reshape(-1)
+        if stop.size and not np.issubdtype(stop.dtype, np.integer):
+            raise UnknownCase(f"{self.folder / 'case.json'}: generate.eos is {eos!r}; expected a token id or a list of them")
         made = greedy(
             self.graphdef,
             self.params,
             batch,
-            stop,
-            np.int32(self.case.get("pad_token_id", 0)),
+            stop.astype(np.int32),
+            np.int32(self._token_id("pad_token_id", 0)),
             ops=self.ops,
             max_new_tokens=steps,
             keep_scores=True,
@@ -264,10 +289,12 @@ class _ModelCase:
     def _check(self, name: str, rule: dict[str, Any]) -> Check:
         if name not in self.recorded:
             raise UnknownCase(f"{self.folder / 'outputs.npz'}: {name!r} is compared, but not recorded")
-        if not (rule.get("exact") or {"atol", "rtol"} & rule.keys()):
+        tolerances = [rule[k] for k in ("atol", "rtol") if k in rule] if isinstance(rule, dict) else []
+        exact = isinstance(rule, dict) and rule.get("exact") is True
+        if not exact and not (tolerances and all(isinstance(t, int | float) and not isinstance(t, bool) for t in tolerances)):
             raise UnknownCase(f"{self.folder / 'case.json'}: compare[{name!r}] is {rule!r}; expected exact, or atol and rtol")
         want, got = self.recorded[name], np.asarray(self._output(name))
-        tolerance = "exact" if rule.get("exact") else f"atol {rule.get('atol', 0):g} rtol {rule.get('rtol', 0):g}"
+        tolerance = "exact" if exact else f"atol {rule.get('atol', 0):g} rtol {rule.get('rtol', 0):g}"
         if want.shape != got.shape:
             return Check(name, float("inf"), tolerance, False, f"shape {got.shape}, recorded {want.shape}")
         valid = self._valid(name, want.shape)
@@ -275,7 +302,7 @@ class _ModelCase:
             want, got = want[valid], got[valid]
         difference = np.abs(got.astype(np.float64) - want.astype(np.float64))
         largest = float(difference.max(initial=0.0))
-        limit = 0.0 if rule.get("exact") else rule.get("atol", 0.0) + rule.get("rtol", 0.0) * np.abs(want.astype(np.float64))
+        limit = 0.0 if exact else rule.get("atol", 0.0) + rule.get("rtol", 0.0) * np.abs(want.astype(np.float64))
         return Check(name, largest, tolerance, bool(np.all(difference <= limit)))
 
 

@@ -54,8 +54,12 @@ def prompt_batch(
             raise ValueError(
                 f"prompt {i} has {found} visual slots but {k} tiles of {v} visual tokens; expand `<image>` with the tile count"
             )
+        if k and (p.tiles.dtype != np.uint8 or p.tiles.shape[1:] != (side, side, 3)):
+            raise ValueError(f"prompt {i} has tiles {p.tiles.dtype}{list(p.tiles.shape)}; they must be uint8[k, {side}, {side}, 3]")
     b, t = len(prompts), slots or bucket(max(len(p.ids) for p in prompts))
     k = tiles if tiles is not None else (bucket(max(counts), 1) if max(counts) else 0)
+    if k < max(counts):
+        raise ValueError(f"a prompt has {max(counts)} tiles, more than the {k} of a row; give more tiles")
     batch = {
         "tokens": np.zeros((b, t), np.int32),
         "token_types": np.full((b, t), PADDING, np.int8),

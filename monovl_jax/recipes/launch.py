@@ -24,7 +24,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import monovl_jax.recipes
 from monovl_jax.config import ConfigError, ModelConfig, config_to_json, read_config
@@ -34,7 +33,7 @@ from monovl_jax.data.errors import SampleError
 from monovl_jax.data.jsonl import JsonlSource
 from monovl_jax.data.meta import EVERYTHING, DataSet, MetaError, file_digest, read_meta, shares
 from monovl_jax.data.pipeline import Batch, Part
-from monovl_jax.data.sources import BadSamples, Encoding, First, source_lengths
+from monovl_jax.data.sources import BadSamples, Encoding, First
 from monovl_jax.data.tiling import TilingConfig
 from monovl_jax.data.tokenizer import Tokenizer
 from monovl_jax.model import Ops
@@ -189,7 +188,8 @@ def find_start(path: Path, stage: str | None = None) -> Start:
         finished = [s.name for s in recipe.stages if StageStore(path, s.name).has_final()]
         chosen = stage or (finished or [""])[-1]
         if chosen not in finished:
-            raise RunError(f"{path}: stage {chosen or 'any'!r} has not finished; finished: {', '.join(finished) or 'none'}")
+            which = f"stage {chosen!r} has not finished" if chosen else "no stage has finished"
+            raise RunError(f"{path}: {which}; finished: {', '.join(finished) or 'none'}")
         digest = read_experiment(path)["digest"]
         return Start(recipe.model, lambda: load_run(path, chosen)[1], f"{path} after {chosen}", {"run": digest, "stage": chosen})
     if stage is not None:
@@ -347,7 +347,7 @@ class OwnData:
         kind = "text" if any(row["rows"] == "main" for row in rows) else "main"
         for name, weight in weights.items():
             every, first = sources[name]
-            lengths = source_lengths(first, np.arange(len(first)))
+            lengths = every.index.lengths[: len(first)]
             mean = lengths.mean(axis=0).round(2).tolist() if len(lengths) else [0.0, 0.0]
             row = {"rows": kind, "data_set": name, "samples": len(first), "bad": len(every.index.bad)}
             rows.append(row | {"share": weight / sum(weights.values()), "mean_tokens": mean[0], "mean_tiles": mean[1]})
@@ -518,7 +518,8 @@ def prepare(
     else:
         say(f"weights from {start.words}")
     if chosen.copy_experts_before:
-        say(f"before {chosen.copy_experts_before} the visual experts are replaced by copies of the text experts, as the recipe says")
+        mark = "" if start is None else "warning: "  # whoever brings weights may have trained experts in them
+        say(f"{mark}before {chosen.copy_experts_before} the visual experts are replaced by copies of the text experts, as the recipe says")
     data = OwnData(
         chosen.model,
         words,

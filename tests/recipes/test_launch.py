@@ -44,12 +44,17 @@ VISUAL = (r"^vision/", r"^projector/", r"^decoder/blocks/mlp/visual/")
 ROWS = dict(batch_size=2, sequence_length=96, tiles_per_row=6, learning_rate=1e-3)
 
 concept = Stage("S1.1", VISUAL, steps=3, mixture={"street": 3.0, "words": 1.0}, **ROWS)
-instruction = Stage("S2", (r".*",), steps=4, mixture={"*": 1.0}, text_rows=2, text_length=48, text_mixture={"words": 1.0}, **ROWS)
+instruction = Stage("S2", (r".*",), steps=4, mixture={"*": 1.0}, **ROWS)
+beside = dataclasses.replace(instruction, text_rows=2, text_length=48, text_mixture={"words": 1.0})
 two = Recipe("two", tiny(), (concept, instruction), copy_experts_before="S1.1")
 
 
 def one() -> Recipe:
     return dataclasses.replace(two, name="one", stages=(concept,))
+
+
+def with_text() -> Recipe:
+    return dataclasses.replace(two, stages=(concept, beside))
 
 
 def larger() -> Recipe:
@@ -210,7 +215,6 @@ def test_a_run_from_start_to_end(home: Path, trained: tuple[Path, str, str]) -> 
     assert [(r["rows"], r["data_set"], round(r["share"], 6)) for r in summary["S2"]] == [
         ("main", "street", round(14 / 18, 6)),
         ("main", "words", round(4 / 18, 6)),
-        ("text", "words", 1.0),
     ]
 
 
@@ -252,7 +256,7 @@ def test_a_finished_run_is_left_alone(home: Path, trained: tuple[Path, str, str]
 
 def test_check_trains_nothing(home: Path) -> None:
     run = home / "runs" / "checked"
-    code, out, err = command(home, run_dir=run, check=True)
+    code, out, err = command(home, "with_text", run_dir=run, check=True)
     assert code == 0 and not out and "compiling" not in err and not (run / "experiment.json").exists()
     assert "S1.1: the first batch (main rows) holds" in err and "S2: the first batch (text rows) holds" in err
 
@@ -273,9 +277,9 @@ def test_strict_stops_at_a_picture_that_does_not_decode(home: Path, tmp_path: Pa
 
 def test_recipes_that_cannot_be_found(home: Path) -> None:
     file = home / "recipes.py"
-    assert "known: evip, evip_plus_plus" in refused(home, "nonsense:x")
+    assert "known: evip, evip_plus_plus, finetune;" in refused(home, "nonsense:x")
     assert "does not exist" in refused(home, f"{home / 'none.py'}:x")
-    assert "has no 'three'; recipes in it: two, one, larger, unknown, small_vocabulary" in refused(home, "three")
+    assert "has no 'three'; recipes in it: two, one, with_text, larger, unknown, small_vocabulary" in refused(home, "three")
     assert "is a int; give a" in refused(home, "nothing")
     assert "needs arguments" in refused(home, "with_argument")
     assert f"{file}:broken fails: ZeroDivisionError" in refused(home, "broken")
@@ -292,6 +296,8 @@ def test_recipes_by_name() -> None:
     evip = launch.find_recipe("evip")
     assert evip == launch.find_recipe("evip:evip_2b") == launch.find_recipe("monovl_jax.recipes.evip:recipe") and evip.name == "evip_2b"
     assert launch.find_recipe("evip_plus_plus").model.decoder.experts == "ffn+attention"
+    finetune = launch.find_recipe("finetune")
+    assert finetune.copy_experts_before is None and finetune.stages[0].steps == 5_197 and finetune.stages[0].warmup_steps == 156
     cut = launch.adapted(evip, ["S2", "S1.3"], steps=7, seed=5)
     assert [s.name for s in cut.stages] == ["S1.3", "S2"] and {(s.steps, s.warmup_steps, s.seed) for s in cut.stages} == {(7, 7, 5)}
     assert cut.copy_experts_before is None and cut.seed == 5

@@ -1,0 +1,39 @@
+"""Fine-tuning Mono-InternVL-2B on instructions, with the values of upstream's released script.
+
+Source: Mono-InternVL shell/mono_internvl_finetune_llava_torchrun.sh and zero_stage1_config.json: 665,298 samples of LLaVA-v1.5-mix665k in
+one epoch, 128 samples a step, 2,048 tokens, 6 tiles and a thumbnail a picture, everything trained. Unlike there several samples share a
+row here (upstream pads each to itself), so that one pass takes fewer steps than the 5,197 given; set `steps` for your data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from monovl_jax.config import mono_internvl_2b
+from monovl_jax.data.meta import EVERYTHING
+from monovl_jax.training.stages import Recipe, Stage
+
+SFT = Stage(
+    name="SFT",
+    trainable=(r".*",),
+    steps=665_298 // 128,
+    batch_size=128,
+    learning_rate=4e-5,
+    schedule="cosine",
+    warmup_steps=round(0.03 * (665_298 // 128)),
+    weight_decay=0.01,
+    b2=0.999,
+    sequence_length=2_048,
+    tiles_per_row=7,
+    mixture={EVERYTHING: 1.0},
+)
+"""One stage on all data sets of META.json."""
+
+
+def finetune_2b() -> Recipe:
+    """Starts from a released or pre-trained model: visual experts stay as they are."""
+    return Recipe("finetune_2b", dataclasses.replace(mono_internvl_2b(), max_tiles=6), (SFT,))
+
+
+recipe = finetune_2b
+"""What `monovl train finetune` runs."""
