@@ -54,7 +54,9 @@ def routed_linear(
     biases = tuple(biases or [None] * len(kernels))
     width = kernels[0].shape[1]
     if len(biases) != len(kernels) or any(b is not None and b.shape != (width,) for b in biases):
-        raise ValueError(f"routed_linear: biases have shapes {[b if b is None else b.shape for b in biases]}; each must be [{width}] or None")
+        raise ValueError(
+            f"routed_linear: biases have shapes {[b if b is None else b.shape for b in biases]}; each must be [{width}] or None"
+        )
     flat = x.reshape(-1, x.shape[-1])
     y = _choose(implementation, flat.shape[0]).routed_linear(flat, tuple(kernels), biases, routing)
     return y.reshape(*x.shape[:-1], y.shape[-1])

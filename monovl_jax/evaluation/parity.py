@@ -86,7 +86,9 @@ class _ModelCase:
         if not any(name.endswith("input_ids") for name in self.inputs):
             raise UnknownCase(f"{folder / 'inputs.npz'}: there is no input_ids")
         if not isinstance(case["compare"], dict) or not case["compare"]:
-            raise UnknownCase(f"{folder / 'case.json'}: compare is {case['compare']!r}; expected an object of outputs with their tolerances")
+            raise UnknownCase(
+                f"{folder / 'case.json'}: compare is {case['compare']!r}; expected an object of outputs with their tolerances"
+            )
         config = read_config(folder)
         prefixes = [name.removesuffix("pixel_values") for name in self.inputs if name.endswith("pixel_values")]
         if prefixes and (pixels := self._pixels(prefixes[0])) is not None:
@@ -286,7 +288,7 @@ class _ModelCase:
     def checks(self) -> list[Check]:
         return [self._check(name, rule) for name, rule in self.case["compare"].items()]
 
-    def _check(self, name: str, rule: dict[str, Any]) -> Check:
+    def _check(self, name: str, rule: Any) -> Check:
         if name not in self.recorded:
             raise UnknownCase(f"{self.folder / 'outputs.npz'}: {name!r} is compared, but not recorded")
         tolerances = [rule[k] for k in ("atol", "rtol") if k in rule] if isinstance(rule, dict) else []

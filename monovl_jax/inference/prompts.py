@@ -54,7 +54,7 @@ def prompt_batch(
             raise ValueError(
                 f"prompt {i} has {found} visual slots but {k} tiles of {v} visual tokens; expand `<image>` with the tile count"
             )
-        if k and (p.tiles.dtype != np.uint8 or p.tiles.shape[1:] != (side, side, 3)):
+        if p.tiles is not None and k and (p.tiles.dtype != np.uint8 or p.tiles.shape[1:] != (side, side, 3)):
             raise ValueError(f"prompt {i} has tiles {p.tiles.dtype}{list(p.tiles.shape)}; they must be uint8[k, {side}, {side}, 3]")
     b, t = len(prompts), slots or bucket(max(len(p.ids) for p in prompts))
     k = tiles if tiles is not None else (bucket(max(counts), 1) if max(counts) else 0)

@@ -73,7 +73,7 @@ class VLM(nnx.Module):
     ) -> Float[Array, "b t d"]:
         """Token embeddings with visual tokens in their slots."""
         h = self.decoder.embedding[...].astype(ops.dtype)[tokens]
-        if tiles is not None:
+        if tiles is not None and visual_slot is not None:
             # Nothing of a tile that fills no slot is wanted, but in the projector's weight gradient 0 * nan would be nan.
             used = jnp.any((visual_slot >= 0).reshape(*tiles.shape[:2], -1), axis=-1)
             tiles = jnp.where(used[..., None, None, None], tiles, 0)

@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+import math
 import pkgutil
 import sys
 import time
@@ -27,6 +28,7 @@ import jax.numpy as jnp
 
 import monovl_jax.recipes
 from monovl_jax.config import ConfigError, ModelConfig, config_to_json, read_config
+from monovl_jax.convert.key_table import upstream_shapes
 from monovl_jax.convert.weights import WeightFiles, WeightsError, check_names, load_weights
 from monovl_jax.data.chat import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, TEMPLATES
 from monovl_jax.data.errors import SampleError
@@ -43,7 +45,7 @@ from monovl_jax.training.checkpoint import RunError, StageStore, load_run, read_
 from monovl_jax.training.loop import Records, TrainingError, train
 from monovl_jax.training.stages import Recipe, RecipeError, Stage
 from monovl_jax.training.step import BatchError
-from monovl_jax.training.trainable import Initial, TrainableError, count, model_structure
+from monovl_jax.training.trainable import Initial, TrainableError
 
 DEFAULT_NAME = "recipe"
 """What is looked for in a module or file when no name is given."""
@@ -512,7 +514,8 @@ def prepare(
     check_run_dir(place, chosen, identity)
 
     names = ", ".join(f"{stage.name} ({stage.steps} steps)" for stage in chosen.stages)
-    say(f"recipe {chosen.name}: {names}; {count(model_structure(chosen.model).shapes):,} parameters; run directory {place}")
+    parameters = sum(math.prod(shape) for shape in upstream_shapes(chosen.model).values())  # without the padding of the vocabulary
+    say(f"recipe {chosen.name}: {names}; {parameters:,} parameters; run directory {place}")
     if start is None:
         say(f"warning: no --init, so the run starts from RANDOM weights (seed {chosen.seed})")
     else:

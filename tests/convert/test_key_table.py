@@ -85,7 +85,9 @@ def test_the_2b_has_the_released_names_and_shapes() -> None:
 def test_the_1_5_adds_two_projections_per_layer() -> None:
     shapes = upstream_shapes(mono_internvl_1_5_2b())
     added = {
-        LAYER.format(i) + name: s for i in range(24) for name, s in (("attention.wqkv_ve.weight", (4096, 2048)), ("attention.wo_ve.weight", (2048,) * 2))
+        LAYER.format(i) + name: s
+        for i in range(24)
+        for name, s in (("attention.wqkv_ve.weight", (4096, 2048)), ("attention.wo_ve.weight", (2048,) * 2))
     }
     assert shapes == SHAPES_2B | added
     assert sum(int(np.prod(s)) for s in shapes.values()) == 3_413_345_280
@@ -100,9 +102,7 @@ def test_the_model_itself_has_that_many_parameters(config: ModelConfig, count: i
     assert sum(int(np.prod(a.shape)) for a in leaves.values()) - padding == count
 
 
-@pytest.mark.parametrize(
-    "config", [mono_internvl_2b(), mono_internvl_1_5_2b(), *VARIANTS.values()], ids=["2b", "1_5_2b", *VARIANTS]
-)
+@pytest.mark.parametrize("config", [mono_internvl_2b(), mono_internvl_1_5_2b(), *VARIANTS.values()], ids=["2b", "1_5_2b", *VARIANTS])
 def test_every_leaf_of_the_model_is_covered_once(config: ModelConfig) -> None:
     leaves, rows = flat(abstract_model(config)[1]), key_table(config)
     assert collections.Counter(path for row in rows for path in row.paths) == collections.Counter(leaves.keys())
@@ -261,7 +261,9 @@ def test_experts_that_the_config_does_not_have_are_left_over(tmp_path: Path) -> 
         load_weights(write(tmp_path, random_upstream(CONFIG)), tiny("none"))
 
 
-@pytest.mark.parametrize("make", [lambda p: None, lambda p: (p / "model.ckpt").write_bytes(b"x"), lambda p: (p / "config.json").write_text("{}")])
+@pytest.mark.parametrize(
+    "make", [lambda p: None, lambda p: (p / "model.ckpt").write_bytes(b"x"), lambda p: (p / "config.json").write_text("{}")]
+)
 def test_no_weights_at_all(tmp_path: Path, make) -> None:
     make(tmp_path)
     with pytest.raises(WeightsError, match="has no weights: expected model.safetensors"):

@@ -40,7 +40,9 @@ PROMPTS = [prompt(7, 1, 0), prompt(12, 2, 1), prompt(3, 0, 2)]
 SLOTS, NEW = 14, 6
 
 
-def decode(prompts: list[Prompt], config=CONFIG, stop: tuple[int, ...] = (), new: int = NEW, slots: int = SLOTS, **options: Any) -> Generated:
+def decode(
+    prompts: list[Prompt], config=CONFIG, stop: tuple[int, ...] = (), new: int = NEW, slots: int = SLOTS, **options: Any
+) -> Generated:
     batch = prompt_batch(prompts, VISION, CONTEXT, slots, 2)
     params, graphdef = random_params(config), abstract_model(config)[0]
     return greedy(graphdef, params, batch, np.asarray(stop, np.int32), np.int32(PAD), ops=REFERENCE, max_new_tokens=new, **options)
@@ -54,7 +56,11 @@ def together() -> np.ndarray:
 
 def test_greedy_is_the_argmax_of_the_plain_forward(together: np.ndarray) -> None:
     """No cache, no left padding: the whole right-padded row again for every token."""
-    params, run, samples = random_params(CONFIG), runner(CONFIG), [(p.ids, p.tiles if p.tiles is not None else np.zeros((0, SIDE, SIDE, 3), np.uint8)) for p in PROMPTS]
+    params, run, samples = (
+        random_params(CONFIG),
+        runner(CONFIG),
+        [(p.ids, p.tiles if p.tiles is not None else np.zeros((0, SIDE, SIDE, 3), np.uint8)) for p in PROMPTS],
+    )
     for step in range(NEW):
         grown = [[(np.concatenate([ids, together[i, :step]]), tiles)] for i, (ids, tiles) in enumerate(samples)]
         batch = pack(CONFIG, grown, slots=SLOTS + NEW, tiles=2)

@@ -20,9 +20,8 @@ from tests.quick import quick_jit
 EXPERTS = ("none", "ffn", "ffn+attention")
 
 
-@pytest.mark.parametrize("experts", ["ffn", "ffn+attention"])
-def test_a_packed_row_equals_separate_rows(experts: str) -> None:
-    config = tiny_with(experts, attention_bias=True)
+def test_a_packed_row_equals_separate_rows() -> None:
+    config = tiny_with("ffn+attention", attention_bias=True)
     params, a, b = random_params(config), sample(config, 9, 1, 0), sample(config, 11, 2, 1)
     together = logits(config, params, pack(config, [[a, b], [b]], slots=22, tiles=3))
     alone = logits(config, params, pack(config, [[b], [a]], slots=22, tiles=3))
@@ -39,10 +38,9 @@ def test_left_padding_changes_nothing() -> None:
     np.testing.assert_allclose(left[1], right[1], atol=2e-5)
 
 
-@pytest.mark.parametrize("rope", [RopeConfig(), RopeConfig(scaling="linear", factor=2.0)], ids=lambda r: r.scaling)
-def test_decoding_with_a_cache_equals_the_full_forward(rope: RopeConfig) -> None:
+def test_decoding_with_a_cache_equals_the_full_forward() -> None:
     """Left-padded prefill of 8 slots with a picture, then 1, 1 and 2 tokens; the cache has slots to spare."""
-    config = tiny_with("ffn+attention", rope=rope)
+    config = tiny_with("ffn+attention")
     graphdef, params = abstract_model(config)[0], random_params(config)
     batch = pack(config, [[sample(config, 9, 1, 0)], [sample(config, 12, 1, 1)]], slots=12, tiles=1, left=True)
     full = logits(config, params, batch)
@@ -124,9 +122,9 @@ def test_remat_recomputes_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     for blocks in (1, 2):
         few_branches(monkeypatch, blocks)
         plain = matmuls(config, SORTED)
-        for remat in ("save_projections", "full"):
+        for remat in ("save_projections", "full")[: 3 - blocks]:
             added[remat, blocks] = matmuls(config, dataclasses.replace(SORTED, remat=remat)) - plain
-    assert 0 < added["save_projections", 1] == added["save_projections", 2] < added["full", 1] < added["full", 2]
+    assert 0 < added["save_projections", 1] == added["save_projections", 2] < added["full", 1]
 
 
 def test_the_program_does_not_grow_with_depth() -> None:
@@ -186,8 +184,7 @@ def test_leaves(experts: str, bias: bool, output: bool) -> None:
     assert all(leaf.shape[0] == 2 for leaf in jax.tree.leaves(params)), "every leaf has a layer axis"
 
 
-@pytest.mark.parametrize("output", [True, False])
-@pytest.mark.parametrize("experts", ["ffn", "ffn+attention"])
+@pytest.mark.parametrize(("experts", "output"), [("ffn", True), ("ffn+attention", True), ("ffn+attention", False)])
 def test_each_token_type_has_its_own_weights(experts: str, output: bool) -> None:
     """All tokens of one type give what a model without experts gives with that expert's weights."""
     config = tiny_with(experts, attention_bias=True, attention_expert_output=output)
@@ -207,7 +204,9 @@ def test_expert_of_type_decides_who_serves_queries() -> None:
     params, batch = random_params(config), pack(config, [[sample(config, 9, 0, 0)]], slots=10, tiles=1)
     as_text = logits(config, params, batch)
     batch["token_types"] = np.where(batch["segment_ids"] > 0, 2, -1).astype(np.int8)
-    np.testing.assert_allclose(logits(dataclasses.replace(config, expert_of_type=(0, 1, 0)), params, batch)[:, :9], as_text[:, :9], atol=1e-6)
+    np.testing.assert_allclose(
+        logits(dataclasses.replace(config, expert_of_type=(0, 1, 0)), params, batch)[:, :9], as_text[:, :9], atol=1e-6
+    )
     assert np.abs(logits(config, params, batch) - as_text)[:, :9].max() > 0.1
 
 

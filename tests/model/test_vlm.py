@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,14 +87,14 @@ def test_only_visual_slots_change() -> None:
 
 
 def test_without_token_types_every_token_is_text() -> None:
-    params, batch = random_params(CONFIG), pack(CONFIG, [[sample(CONFIG, 9, 0, 0)], [sample(CONFIG, 7, 0, 1)]], slots=10, tiles=1)
+    params, batch = random_params(CONFIG), pack(CONFIG, [[sample(CONFIG, 9, 0, 0)], [sample(CONFIG, 7, 0, 1)]], slots=12, tiles=2)
     plain = {k: batch[k] for k in ("tokens", "positions", "segment_ids")}
     valid = batch["segment_ids"] > 0
     np.testing.assert_allclose(logits(CONFIG, params, batch)[valid], logits(CONFIG, params, plain)[valid], atol=2e-5)
 
 
 def test_token_ids_of_visual_slots_do_not_matter() -> None:
-    params, batch = random_params(CONFIG), pack(CONFIG, [[sample(CONFIG, 9, 1, 0)]], slots=10, tiles=1)
+    params, batch = random_params(CONFIG), pack(CONFIG, [[sample(CONFIG, 9, 1, 0)], [sample(CONFIG, 7, 2, 1)]], slots=12, tiles=2)
     other = {**batch, "tokens": np.where(batch["token_types"] == 1, 299 - batch["tokens"], batch["tokens"]).astype(np.int32)}
     np.testing.assert_array_equal(logits(CONFIG, params, other), logits(CONFIG, params, batch))
 
@@ -100,6 +102,7 @@ def test_token_ids_of_visual_slots_do_not_matter() -> None:
 # ---- what must not leak
 
 
+@functools.cache
 def values_and_gradients(config, ops):
     graphdef = abstract_model(config)[0]
 
@@ -113,7 +116,7 @@ def values_and_gradients(config, ops):
 
 def test_bad_unused_tiles_reach_nothing() -> None:
     """Float tiles: the second is NaN, and no slot shows it. Neither hidden states nor any gradient may notice."""
-    params, batch = random_params(CONFIG), pack(CONFIG, [[sample(CONFIG, 9, 1, 0)], [sample(CONFIG, 7, 0, 1)]], slots=10, tiles=2)
+    params, batch = random_params(CONFIG), pack(CONFIG, [[sample(CONFIG, 9, 1, 0)], [sample(CONFIG, 7, 0, 1)]], slots=12, tiles=2)
     batch["tiles"] = (batch["tiles"] / 128 - 1).astype(np.float32)
     run = values_and_gradients(CONFIG, REFERENCE)
     clean = run(params, batch)
@@ -125,7 +128,7 @@ def test_bad_unused_tiles_reach_nothing() -> None:
 @pytest.mark.parametrize("ops", [REFERENCE, SORTED], ids=["reference", "sorted"])
 def test_a_broken_visual_expert_does_not_touch_text(ops, monkeypatch: pytest.MonkeyPatch) -> None:
     few_branches(monkeypatch, 2)
-    params, batch = random_params(CONFIG), pack(CONFIG, [[sample(CONFIG, 9, 0, 0)], [sample(CONFIG, 7, 0, 1)]], slots=10, tiles=1)
+    params, batch = random_params(CONFIG), pack(CONFIG, [[sample(CONFIG, 9, 0, 0)], [sample(CONFIG, 7, 0, 1)]], slots=12, tiles=2)
     run = values_and_gradients(CONFIG, ops)
     clean = run(params, batch)
 
@@ -143,7 +146,7 @@ def test_a_broken_visual_expert_does_not_touch_text(ops, monkeypatch: pytest.Mon
 
 
 def test_what_stands_in_padding_slots_does_not_matter() -> None:
-    params, batch = random_params(CONFIG), pack(CONFIG, [[sample(CONFIG, 9, 1, 0)], [sample(CONFIG, 7, 0, 1)]], slots=12, tiles=1)
+    params, batch = random_params(CONFIG), pack(CONFIG, [[sample(CONFIG, 9, 1, 0)], [sample(CONFIG, 7, 0, 1)]], slots=12, tiles=2)
     padding, rng = batch["segment_ids"] == 0, np.random.default_rng(0)
     run = values_and_gradients(CONFIG, REFERENCE)
     clean = run(params, batch)

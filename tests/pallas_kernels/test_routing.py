@@ -13,7 +13,7 @@ from pallas_kernels import Routing, make_routing
 from pallas_kernels.routing import BLOCKS
 from tests.quick import quick_jit
 
-SIZES = (1, 2, 15, 16, 17, 64, 100, 333)
+SIZES = (1, 2, 16, 17, 100, 333)
 
 
 @functools.cache
@@ -61,7 +61,7 @@ def test_two_experts(ids: np.ndarray) -> None:
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(1, 4).flatmap(lambda n: st.tuples(st.just(n), expert_ids(n))))
+@given(st.sampled_from([1, 3]).flatmap(lambda n: st.tuples(st.just(n), expert_ids(n))))
 def test_other_numbers_of_experts(case: tuple[int, np.ndarray]) -> None:
     num_experts, ids = case
     check(ids, compiled(num_experts)(ids), num_experts)
@@ -79,7 +79,7 @@ def test_the_worst_counts_waste_less_than_an_eighth() -> None:
 def test_the_order_of_the_docstring() -> None:
     ids = np.full(17, -1, np.int32)  # 17 tokens make blocks of 2 rows
     ids[:8] = [0, 0, 1, 1, 1, -1, 0, -1]
-    routing = make_routing(jnp.asarray(ids))
+    routing = compiled(2)(ids)
     none, empty = len(routing.source), 17
     assert routing.slot[:8].tolist() == [0, 1, 4, 5, 6, none, 2, none]
     assert routing.source[:10].tolist() == [0, 1, 6, empty, 2, 3, 4, empty, empty, empty]
@@ -92,7 +92,7 @@ def test_any_shape_and_integer_type_is_flattened() -> None:
 
 
 def test_a_routing_passes_through_jax_transformations() -> None:
-    routing = make_routing(jnp.zeros(20, jnp.int32), num_experts=3)
+    routing = compiled(3)(np.zeros(17, np.int32))
     again = jax.tree.map(lambda a: a, routing)
     assert again.num_experts == 3 and again.block_rows == routing.block_rows == 2
 

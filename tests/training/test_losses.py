@@ -22,10 +22,7 @@ def naive(h, head, targets, weights, vocab_size):
 
 def both(dtype=np.float32, scale: float = 1.0):
     """(h, head, targets, weights) -> (value, (dh, dhead)), ours and naive; the loss goes on into something, as in a mean."""
-    return [
-        quick_jit(jax.value_and_grad(lambda h, head, t, w, f=f: scale * f(h, head, t, w, V), (0, 1)))
-        for f in (weighted_nll, naive)
-    ]
+    return [quick_jit(jax.value_and_grad(lambda h, head, t, w, f=f: scale * f(h, head, t, w, V), (0, 1))) for f in (weighted_nll, naive)]
 
 
 OURS, NAIVE = both(scale=0.25)
@@ -129,7 +126,7 @@ def test_a_frozen_head_costs_no_gradient() -> None:
     """With chunks in a loop, the head's gradient is a [D, V] carry: it must be gone when only h is differentiated."""
 
     def matmuls(argnums) -> int:
-        f = jax.jit(jax.grad(lambda h, head, t, w: weighted_nll(h, head, t, w, V), argnums))
+        f = quick_jit(jax.grad(lambda h, head, t, w: weighted_nll(h, head, t, w, V), argnums))
         return f.lower(*inputs()).compile().as_text().count(" dot(")
 
     assert matmuls((0, 1)) - matmuls((0,)) == 1
