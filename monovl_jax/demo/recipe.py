@@ -14,9 +14,9 @@ ATTENTION = (r"^decoder/blocks/attention/text/",)
 
 
 def demo_model(vocab_size: int) -> ModelConfig:
-    """1.6 M parameters: 96 px pictures as 2x2 tiles of 48 px, 9 visual tokens each; FFN and attention experts."""
+    """1.4 M parameters: tiles of 32 px, 4 visual tokens each; FFN and attention experts."""
     return ModelConfig(
-        vision=VisionConfig(hidden_size=128, patch_size=8, tile_size=48, position_image_size=48),
+        vision=VisionConfig(hidden_size=128, patch_size=8, tile_size=32, position_image_size=32),
         decoder=DecoderConfig(
             vocab_size=vocab_size,
             hidden_size=128,
@@ -29,7 +29,7 @@ def demo_model(vocab_size: int) -> ModelConfig:
             experts="ffn+attention",
         ),
         template="compact",
-        max_tiles=4,
+        max_tiles=6,
         use_thumbnail=False,
     )
 
@@ -52,13 +52,13 @@ def _stage(name: str, lesson: str, trainable: tuple[str, ...], steps: int, rate:
 def demo_recipe(vocab_size: int, quick: bool = False, seed: int = 0) -> Recipe:
     """Stages S0 (text alone), S1.1, S1.2, S1.3, S2. `quick` keeps the shapes of everything and cuts the steps."""
     text = {"text_rows": 2, "text_length": 128, "text_mixture": {"text_mix": 1.0}}
-    rows = {"batch_size": 16, "sequence_length": 160, "tiles_per_row": 8}
+    rows = {"batch_size": 12, "sequence_length": 224, "tiles_per_row": 14}
     stages = (
-        _stage("S0", "language", TEXT, 220, 3e-3, batch_size=32, sequence_length=128, tiles_per_row=0),
-        _stage("S1.1", "concept", VISUAL, 700, 3e-3, batch_size=12, sequence_length=120, tiles_per_row=6),
-        _stage("S1.2", "semantic", VISUAL, 200, 2e-3, **rows),
-        _stage("S1.3", "alignment", VISUAL + ATTENTION, 480, 2e-3, **rows, **text),
-        _stage("S2", "instruction", (r".*",), 750, 2e-3, **rows, **text),
+        _stage("S0", "language", TEXT, 350, 2e-3, batch_size=16, sequence_length=128, tiles_per_row=0),
+        _stage("S1.1", "concept", VISUAL, 350, 3e-3, batch_size=12, sequence_length=120, tiles_per_row=9),
+        _stage("S1.2", "semantic", VISUAL, 250, 2e-3, **rows),
+        _stage("S1.3", "alignment", VISUAL + ATTENTION, 1000, 2e-3, **rows, **text),
+        _stage("S2", "instruction", (r".*",), 2200, 2e-3, **rows, **text),
     )
     if quick:
         stages = tuple(

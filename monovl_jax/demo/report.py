@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from monovl_jax.demo.world import OPENMOJI_CREDIT, EvaluationItem
+from monovl_jax.demo.materials import OPENMOJI_CREDIT
+from monovl_jax.demo.world import EvaluationItem
 
 TASK_NAMES = {
     "digits": "Handwritten digits (last 360 scans)",

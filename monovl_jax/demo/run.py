@@ -16,11 +16,13 @@ import jax
 from monovl_jax.config import config_to_json
 from monovl_jax.data.pipeline import Part
 from monovl_jax.data.tokenizer import Tokenizer
+from monovl_jax.demo.lessons import LESSONS
 from monovl_jax.demo.recipe import demo_recipe, initial_parameters
 from monovl_jax.demo.report import write_report
 from monovl_jax.demo.scoring import Evaluator, frozen_guarantee
 from monovl_jax.demo.source import Layout, WorldSource
-from monovl_jax.demo.world import LESSONS, World, build_tokenizer
+from monovl_jax.demo.text import build_tokenizer
+from monovl_jax.demo.world import World
 from monovl_jax.model import Ops
 from monovl_jax.recipes.feed import Feed
 from monovl_jax.training.loop import train

@@ -46,7 +46,7 @@ class Evaluator:
         self.layout, self.config, self.ops = layout, config, ops
         sets = world.evaluation_sets(questions)
         self.sets = {task: sets[task][: max(questions, 360 if questions >= 200 else questions)] for task in TASKS}
-        self._tiling = TilingConfig(tile_size=layout.tile_size, max_tiles=4, use_thumbnail=False)
+        self._tiling = TilingConfig(tile_size=layout.tile_size, max_tiles=6, use_thumbnail=False)
         self._text = {kind: self._packed(world.held_out_text(kind, text)) for kind in ("prose", "told")}
         self._compiled: dict[str, Any] = {}
 

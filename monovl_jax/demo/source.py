@@ -11,7 +11,8 @@ import numpy as np
 from monovl_jax.data.packing import Example
 from monovl_jax.data.tiling import TilingConfig, tile_image
 from monovl_jax.data.tokenizer import Tokenizer
-from monovl_jax.demo.world import Dialog, Lesson, World
+from monovl_jax.demo.lessons import Lesson
+from monovl_jax.demo.world import Dialog, World
 
 
 class Layout:
@@ -66,7 +67,7 @@ class WorldSource:
     def __init__(self, world: World, lesson: Lesson, layout: Layout, seed: int, count: int, split: str = "train"):
         self.world, self.lesson, self.layout = world, lesson, layout
         self.seed, self.count, self.split = seed, count, split
-        self._tiling = TilingConfig(tile_size=layout.tile_size, max_tiles=4, use_thumbnail=False)
+        self._tiling = TilingConfig(tile_size=layout.tile_size, max_tiles=6, use_thumbnail=False)
 
     def __len__(self) -> int:
         return self.count

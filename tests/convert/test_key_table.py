@@ -102,7 +102,7 @@ def test_the_model_itself_has_that_many_parameters(config: ModelConfig, count: i
     assert sum(int(np.prod(a.shape)) for a in leaves.values()) - padding == count
 
 
-@pytest.mark.parametrize("config", [mono_internvl_2b(), mono_internvl_1_5_2b(), *VARIANTS.values()], ids=["2b", "1_5_2b", *VARIANTS])
+@pytest.mark.parametrize("config", [mono_internvl_1_5_2b(), *VARIANTS.values()], ids=["1_5_2b", *VARIANTS])
 def test_every_leaf_of_the_model_is_covered_once(config: ModelConfig) -> None:
     leaves, rows = flat(abstract_model(config)[1]), key_table(config)
     assert collections.Counter(path for row in rows for path in row.paths) == collections.Counter(leaves.keys())
@@ -211,7 +211,7 @@ def test_tied_weights_may_carry_either_name_or_both(tmp_path: Path) -> None:
     for i, kept in enumerate((weights, both, {k: v for k, v in both.items() if k != EMBEDDING})):
         got = flat(load_weights(write(tmp_path / str(i), kept), config))
         assert got.keys() == want.keys() and all(np.array_equal(got[k], want[k]) for k in want)
-    with pytest.raises(WeightsError, match="ties the embeddings, but .*output.weight differs"):
+    with pytest.raises(WeightsError, match=r"ties the embeddings, but .*output.weight differs"):
         load_weights(write(tmp_path / "other", both | {HEAD: weights[EMBEDDING] + 1}), config)
 
 
@@ -266,7 +266,7 @@ def test_experts_that_the_config_does_not_have_are_left_over(tmp_path: Path) -> 
 )
 def test_no_weights_at_all(tmp_path: Path, make) -> None:
     make(tmp_path)
-    with pytest.raises(WeightsError, match="has no weights: expected model.safetensors"):
+    with pytest.raises(WeightsError, match=r"has no weights: expected model\.safetensors"):
         load_weights(tmp_path, CONFIG)
     with pytest.raises(WeightsError, match="has no weights"):
         load_weights(tmp_path / "absent", CONFIG)

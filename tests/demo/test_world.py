@@ -1,6 +1,5 @@
 """The demo's world: deterministic by index, nothing of the held-out material in training, text without pixels, tokens as intended."""
 
-import dataclasses
 import itertools
 import threading
 
@@ -13,7 +12,10 @@ pytest.importorskip("emoji")
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
+from monovl_jax.demo import materials
+from monovl_jax.demo import text as language
 from monovl_jax.demo import world as w
+from monovl_jax.demo.lessons import LESSONS, Lesson
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +27,7 @@ PICTURE_LESSONS = ("concept", "semantic", "alignment", "instruction")
 
 
 def test_a_sample_depends_on_its_arguments_alone(world):
-    lesson = w.LESSONS["instruction"]
+    lesson = LESSONS["instruction"]
     forward = [world.sample(lesson, "train", 0, i) for i in range(40)]
     another = w.World()
     backward = [another.sample(lesson, "train", 0, i) for i in reversed(range(40))][::-1]
@@ -33,22 +35,23 @@ def test_a_sample_depends_on_its_arguments_alone(world):
         assert a.turns == b.turns and a.meta == b.meta
         np.testing.assert_array_equal(a.image, b.image)
     assert [s.turns for s in forward] != [world.sample(lesson, "train", 1, i).turns for i in range(40)]
-    assert [s.turns for s in forward] != [world.sample(w.LESSONS["alignment"], "train", 0, i).turns for i in range(40)]
+    assert [s.turns for s in forward] != [world.sample(LESSONS["alignment"], "train", 0, i).turns for i in range(40)]
 
 
 @pytest.mark.parametrize("name", PICTURE_LESSONS)
 def test_text_and_picture_alone_equal_the_whole_sample(world, name):
-    lesson = w.LESSONS[name]
+    lesson = LESSONS[name]
     for i in range(50):
         sample, dialog = world.sample(lesson, "train", 3, i), world.dialog(lesson, "train", 3, i)
         assert (dialog.turns, dialog.context, dialog.meta) == (sample.turns, sample.context, sample.meta)
         np.testing.assert_array_equal(world.picture(lesson, "train", 3, i), sample.image)
         assert sample.image.dtype == np.uint8 and sample.image.shape == (*dialog.image_size, 3)
-        assert dialog.image_size == ((48, 48) if name == "concept" or dialog.meta["kind"] == "single" else (96, 96))
+        one_tile = name == "concept" or dialog.meta["kind"] == "single"
+        assert dialog.image_size == ((32, 32) if one_tile else (32, 96) if dialog.meta["words"] else (64, 64))
 
 
 def test_threads_make_the_same_samples(world):
-    lesson = w.LESSONS["instruction"]
+    lesson = LESSONS["instruction"]
     want = [world.sample(lesson, "train", 0, i).image for i in range(64)]
     got: dict[int, np.ndarray] = {}
 
@@ -67,7 +70,7 @@ def test_threads_make_the_same_samples(world):
 def test_training_shows_nothing_that_is_held_out(world):
     names = list(w.DRAWINGS)
     words = set(world.test_words)
-    for lesson in w.LESSONS.values():
+    for lesson in LESSONS.values():
         for i in range(1500):
             meta = world.dialog(lesson, "train", 0, i).meta
             if meta["kind"] == "prose":
@@ -75,7 +78,7 @@ def test_training_shows_nothing_that_is_held_out(world):
             assert not words & set(meta["words"])
             things = {p: t for p, t in meta["things"].items() if t in names}
             for place, thing in things.items():
-                assert len(things) == 1 and meta["tiles"] == 1 or not world._place_held[names.index(thing)][w.PLACES.index(place)]
+                assert (len(things) == 1 and meta["tiles"] == 1) or not world._place_held[names.index(thing)][w.PLACES.index(place)]
             for a, b in itertools.combinations(things.values(), 2):
                 assert not world._pair_held[names.index(a)][names.index(b)]
     assert set(world.train_digits).isdisjoint(world.test_digits) and len(world.test_digits) == 360
@@ -102,11 +105,16 @@ def test_evaluation_sets_are_held_out_and_balanced(world):
 
 def test_answers_are_true(world):
     for i in range(400):
-        dialog = world.dialog(w.LESSONS["alignment"], "train", 5, i)
+        dialog = world.dialog(LESSONS["alignment"], "train", 5, i)
         things = dialog.meta["things"]
         for question, answer in dialog.turns:
             if question.startswith("where is the "):
-                assert things[answer.strip()] == question.removeprefix("where is the ")
+                names = question.removeprefix("where is the ").split(" and the ")
+                places = {name: place for place, name in things.items()}
+                assert answer == ",".join(f" a {name} {places[name]}" for name in names)
+            elif question.startswith("which of "):
+                asked = question.removeprefix("which of ").split(", ")
+                assert answer == ",".join(f" {name} {'yes' if name in things.values() else 'no'}" for name in asked)
             elif question.startswith("what is "):
                 assert things.get(question.removeprefix("what is "), "nothing") == answer.strip()
             elif question.startswith("how many"):
@@ -119,30 +127,12 @@ def test_answers_are_true(world):
                 assert dialog.meta["words"] == (answer,)
 
 
-def test_the_five_scene_questions_have_equal_shares(world):
-    lesson = dataclasses.replace(w.LESSONS["instruction"], mixture=(("scene", 1.0),), captions=0.0)
-    openings = [q.split()[0] + q.split()[1] for i in range(3000) for q, _ in world.dialog(lesson, "train", 0, i).turns]
-    shares = [openings.count(o) / len(openings) for o in ("whatis", "whereis", "howmany", "whatcolour", "isthere")]
-    assert min(shares) > 0.18 and max(shares) < 0.22
-
-
-def test_charts_have_one_word_for_every_visual_token(world, tmp_path):
-    import tokenizers
-
-    tokenizer = tokenizers.Tokenizer.from_file(str(w.build_tokenizer(tmp_path)))
-    lesson = w.Lesson("charts", (("chart", 1.0),))
-    for i in range(100):
-        dialog = world.dialog(lesson, "train", 0, i)
-        assert len(tokenizer.encode(dialog.context).ids) == 2 + 9 * dialog.meta["tiles"]
-        assert dialog.turns and not dialog.learn_context
-
-
 def test_tokenizer_round_trip(tmp_path):
     import tokenizers
 
-    tokenizer = tokenizers.Tokenizer.from_file(str(w.build_tokenizer(tmp_path)))
-    assert tokenizer.get_vocab_size() == len(w.vocabulary())
-    assert [tokenizer.token_to_id(t) for t in w.SPECIAL_TOKENS] == [w.PAD, w.BOS, w.END, w.USER, w.ASSISTANT, w.IMG, w.IMG_END, w.IMG_CONTEXT]
+    tokenizer = tokenizers.Tokenizer.from_file(str(language.build_tokenizer(tmp_path)))
+    assert tokenizer.get_vocab_size() == len(language.vocabulary())
+    assert [tokenizer.token_to_id(t) for t in language.SPECIAL_TOKENS] == list(range(8))
     text = "<bos><img><IMG_CONTEXT></img><|user|>what is top left<|assistant|> cat<|end|>"
     assert tokenizer.encode(text).tokens == [
         *("<bos>", "<img>", "<IMG_CONTEXT>", "</img>", "<|user|>", "what", " is", " top", " left", "<|assistant|>", " cat", "<|end|>")
@@ -154,17 +144,16 @@ def test_tokenizer_round_trip(tmp_path):
 
 def test_held_out_text_is_not_in_training(world):
     held = {d.context for d in world.held_out_text("prose", 1000)}
-    lesson = w.Lesson("prose", (("prose", 1.0),))
+    lesson = Lesson("prose", (("prose", 1.0),))
     assert len(held) > 50 and not held & {world.dialog(lesson, "train", 0, i).context for i in range(2000)}
-    for kind in ("told", "chart"):
-        assert len(world.held_out_text(kind, 20)) == 20
+    assert len(world.held_out_text("told", 20)) == 20
 
 
 def test_a_missing_package_is_one_clear_sentence():
-    with pytest.raises(w.MissingPackages, match=r"pip install 'monovl_jax\[demo\]'"):
-        w._need("a_package_that_is_not_there")
+    with pytest.raises(materials.MissingPackages, match=r"pip install 'monovl_jax\[demo\]'"):
+        materials.need("a_package_that_is_not_there")
 
 
 def test_an_unknown_split_is_an_error(world):
     with pytest.raises(ValueError, match="split 'test' is none of"):
-        world.dialog(w.LESSONS["instruction"], "test", 0, 0)
+        world.dialog(LESSONS["instruction"], "test", 0, 0)

@@ -37,7 +37,7 @@ def prompt(length: int, tiles: int, seed: int) -> Prompt:
 
 
 PROMPTS = [prompt(7, 1, 0), prompt(12, 2, 1), prompt(3, 0, 2)]
-SLOTS, NEW = 14, 6
+SLOTS, NEW = 14, 8
 
 
 def decode(
@@ -45,7 +45,8 @@ def decode(
 ) -> Generated:
     batch = prompt_batch(prompts, VISION, CONTEXT, slots, 2)
     params, graphdef = random_params(config), abstract_model(config)[0]
-    return greedy(graphdef, params, batch, np.asarray(stop, np.int32), np.int32(PAD), ops=REFERENCE, max_new_tokens=new, **options)
+    stops = np.asarray([*stop, -1, -1, -1][:3], np.int32)  # three always: one compiled program
+    return greedy(graphdef, params, batch, stops, np.int32(PAD), ops=REFERENCE, max_new_tokens=new, **options)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +114,7 @@ def test_padding_does_not_count_for_the_rotary_base() -> None:
 
 def test_the_generator(together: np.ndarray) -> None:
     stop = int(together[0, 2])
-    generator = Generator(CONFIG, random_params(CONFIG), REFERENCE, CONTEXT, [stop, 12345], PAD)
+    generator = Generator(CONFIG, random_params(CONFIG), REFERENCE, CONTEXT, [stop, 12345, 12346], PAD)
     out = generator(PROMPTS, NEW, slots=SLOTS, tiles=2)
     assert len(out) == 3
     for row, ids in enumerate(out):
@@ -122,7 +123,7 @@ def test_the_generator(together: np.ndarray) -> None:
 
 
 def test_the_generator_cuts_to_the_number_asked_for(together: np.ndarray) -> None:
-    generator = Generator(CONFIG, random_params(CONFIG), REFERENCE, CONTEXT, [], PAD)
+    generator = Generator(CONFIG, random_params(CONFIG), REFERENCE, CONTEXT, [12345, 12346, 12347], PAD)
     for n in (1, 4):
         for row, ids in enumerate(generator(PROMPTS, n, slots=SLOTS, tiles=2)):
             np.testing.assert_array_equal(ids, together[row, :n])

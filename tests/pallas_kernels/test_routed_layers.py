@@ -231,7 +231,7 @@ def test_in_scan_and_under_remat(kind: str, remat: str) -> None:
     close(got, want, 1e-5)
 
 
-@pytest.mark.parametrize("options", ["all_programs", "default_compiler"])
+@pytest.mark.parametrize("options", ["all_programs", pytest.param("default_compiler", marks=pytest.mark.slow)])
 def test_as_users_run_it(options: str) -> None:
     """Once with all programs, and once with XLA's own options, which fuse what the quick ones do not."""
     x, weights, dy = make_inputs("swiglu", BIG)
