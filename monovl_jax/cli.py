@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -38,7 +39,10 @@ def parity(cases: Positional[tuple[Path, ...]], *, json_output: Annotated[bool, 
             print(f"monovl parity: {error}", file=sys.stderr)
             unknown = True
             continue
-        results.append({"case": str(case), "checks": [dataclasses.asdict(c) for c in checks]})
+        rows = [dataclasses.asdict(c) for c in checks]
+        for row in rows:
+            row["max_abs_diff"] = row["max_abs_diff"] if math.isfinite(row["max_abs_diff"]) else None  # JSON has no NaN
+        results.append({"case": str(case), "checks": rows})
         failed |= not all(c.passed for c in checks)
         if not json_output:
             for c in checks:

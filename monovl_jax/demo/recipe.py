@@ -34,13 +34,13 @@ def demo_model(vocab_size: int) -> ModelConfig:
     )
 
 
-def _stage(name: str, lesson: str, trainable: tuple[str, ...], steps: int, rate: float, **fields) -> Stage:
+def _stage(name: str, mixture: dict[str, float], trainable: tuple[str, ...], steps: int, rate: float, **fields) -> Stage:
     return Stage(
         name=name,
         trainable=trainable,
         steps=steps,
         learning_rate=rate,
-        mixture={lesson: 1.0},
+        mixture=mixture,
         warmup_steps=min(30, max(1, steps // 5)),
         final_fraction=0.05,
         weight_decay=0.01,
@@ -51,14 +51,13 @@ def _stage(name: str, lesson: str, trainable: tuple[str, ...], steps: int, rate:
 
 def demo_recipe(vocab_size: int, quick: bool = False, seed: int = 0) -> Recipe:
     """Stages S0 (text alone), S1.1, S1.2, S1.3, S2. `quick` keeps the shapes of everything and cuts the steps."""
-    text = {"text_rows": 2, "text_length": 128, "text_mixture": {"text_mix": 1.0}}
-    rows = {"batch_size": 12, "sequence_length": 224, "tiles_per_row": 14}
+    rows = {"batch_size": 12, "sequence_length": 224, "tiles_per_row": 13}
     stages = (
-        _stage("S0", "language", TEXT, 350, 2e-3, batch_size=16, sequence_length=128, tiles_per_row=0),
-        _stage("S1.1", "concept", VISUAL, 350, 3e-3, batch_size=12, sequence_length=120, tiles_per_row=9),
-        _stage("S1.2", "semantic", VISUAL, 250, 2e-3, **rows),
-        _stage("S1.3", "alignment", VISUAL + ATTENTION, 1000, 2e-3, **rows, **text),
-        _stage("S2", "instruction", (r".*",), 2200, 2e-3, **rows, **text),
+        _stage("S0", {"language": 1.0}, TEXT, 350, 2e-3, batch_size=16, sequence_length=128, tiles_per_row=0),
+        _stage("S1.1", {"concept": 1.0}, VISUAL, 350, 3e-3, batch_size=12, sequence_length=120, tiles_per_row=9),
+        _stage("S1.2", {"semantic": 1.0}, VISUAL, 200, 2e-3, **rows),
+        _stage("S1.3", {"alignment": 0.92, "text_mix": 0.08}, VISUAL + ATTENTION, 850, 2e-3, **rows),
+        _stage("S2", {"instruction": 0.92, "text_mix": 0.08}, (r".*",), 1500, 2e-3, **rows),
     )
     if quick:
         stages = tuple(

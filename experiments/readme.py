@@ -1,0 +1,84 @@
+"""Writes the table of what works into README.md from experiments/results/*.json, so that no number there is typed by hand.
+
+python -m experiments.readme          # after new results; a test fails when README.md is out of date
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "experiments" / "results"
+BEGIN, END = "<!-- results: python -m experiments.readme -->", "<!-- end of results -->"
+
+TASKS = {
+    "digits": "handwritten digits",
+    "words": "unseen words, fixed letter pitch",
+    "captions": "captions, exact",
+    "scene_what": "what is at a place",
+    "scene_where": "where is a thing",
+    "scene_count": "how many",
+    "scene_colour": "ground colour",
+    "scene_there": "is there a thing",
+    "single": "one thing, as taught in S1.1",
+    "words_natural": "unseen words, natural spacing (never trained)",
+}
+
+
+def _read(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def demo_table(demo: dict[str, Any]) -> str:
+    """The demo's held-out scores after the last stage."""
+    last = list(demo["scores"])[-1]
+    lines = ["| held-out task | n | after " + last + " | no picture | untrained |", "|---|---|---|---|---|"]
+    for task, name in TASKS.items():
+        score = demo["scores"][last][task]
+        lines.append(f"| {name} | {score['n']} | {score['exact']:.1f}% | {score['blind']:.1f}% | {score['untrained']:.1f}% |")
+    return "\n".join(lines)
+
+
+def render() -> str:
+    """The block between the markers."""
+    demo, step, parity = _read("demo.json"), _read("train_step.json"), _read("parity.json")
+    minutes, memory = sum(demo["seconds"].values()) / 60, demo["peak_rss_bytes"] / 1e9
+    text = list(demo["text_perplexity"].items())
+    (first, before), (last, after) = text[0], text[-1]
+    ratio = step["ratio_to_dense"]
+    bench = "`python -m experiments.benchmarks.train_step`"
+    outputs = f"{parity['cases']} recorded cases, {parity['checks']} outputs, {parity['failed']} outside tolerance"
+    rows = [
+        ("what", "measured", "command"),
+        ("---", "---", "---"),
+        ("parity with PyTorch, float32", f"{outputs}; logits within {parity['logits']:.1e}", "`monovl parity`"),
+        ("the demo, all five stages", f"{minutes:.1f} minutes of training, {memory:.1f} GB", "`make demo`"),
+        (
+            f"text perplexity, {first} to {last}",
+            f"{before:.2f} to {after:.2f}; bitwise unchanged while the text side is frozen",
+            "`make demo`",
+        ),
+        ("a train step with visual FFN experts", f"{ratio['ffn']:.2f}x the dense model without experts", bench),
+        ("with attention experts too", f"{ratio['ffn+attention']:.2f}x", bench),
+    ]
+    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return f"""
+Measured on two CPU cores with jax {demo["jax"]}; the files are in `experiments/results/`.
+
+{table}
+
+{demo_table(demo)}
+"""
+
+
+def main() -> None:
+    """Replaces the block in README.md."""
+    path = ROOT / "README.md"
+    before, rest = path.read_text(encoding="utf-8").split(BEGIN)
+    path.write_text(before + BEGIN + "\n" + render() + "\n" + END + rest.split(END)[1], encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
