@@ -17,7 +17,7 @@ OPENMOJI_CREDIT = "All emojis designed by OpenMoji, the open-source emoji and ic
 TILE = 32  # pixels; a place in a picture is one tile
 CELL = 16  # pixels that one visual token sees (patch 8, pixel shuffle 2 x 2), and the letter pitch
 
-PLACES = ("top left", "top right", "bottom left", "bottom right")
+PLACES = ("northwest", "northeast", "southwest", "southeast")  # one token each: a place is looked up at one token
 NUMBERS = ("zero", "one", "two", "three", "four")
 # Pastels: ink and drawings are always darker, which spares a linear patch embedding a change of polarity.
 COLOURS = {

@@ -133,12 +133,12 @@ def test_tokenizer_round_trip(tmp_path):
     tokenizer = tokenizers.Tokenizer.from_file(str(language.build_tokenizer(tmp_path)))
     assert tokenizer.get_vocab_size() == len(language.vocabulary())
     assert [tokenizer.token_to_id(t) for t in language.SPECIAL_TOKENS] == list(range(8))
-    text = "<img><IMG_CONTEXT></img><|user|>what is top left<|assistant|> cat<|end|>"  # <bos> is put before every text
+    text = "<img><IMG_CONTEXT></img><|user|>what is northwest<|assistant|> cat<|end|>"  # <bos> is put before every text
     assert tokenizer.encode(text).tokens == [
-        *("<bos>", "<img>", "<IMG_CONTEXT>", "</img>", "<|user|>", "what", " is", " top", " left", "<|assistant|>", " cat", "<|end|>")
+        *("<bos>", "<img>", "<IMG_CONTEXT>", "</img>", "<|user|>", "what", " is", " northwest", "<|assistant|>", " cat", "<|end|>")
     ]
     assert tokenizer.encode("cat 7?").tokens == ["<bos>", "c", "a", "t", " ", "7", "?"]
-    for string in ("where is the fox", " top left", "zxq", ' it says "abc"', "It raises an exception, doesn't it?"):
+    for string in ("where is the fox", " northwest", "zxq", ' it says "abc"', "It raises an exception, doesn't it?"):
         assert tokenizer.decode(tokenizer.encode(string).ids) == string
 
 
