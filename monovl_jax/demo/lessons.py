@@ -44,8 +44,9 @@ class Lesson:
         return tuple(out)
 
 
-_PICTURES = (("scene", 0.55), ("digit", 0.15), ("word", 0.23), ("single", 0.07))
-# Looking a thing up by its name (where, is there) takes some 50,000 examples to form, so it is asked more often, and many at once.
+_PICTURES = (("scene", 0.50), ("digit", 0.22), ("word", 0.21), ("single", 0.07))
+# Looking a thing up by its name (where, is there) takes more than 100,000 examples to form, so it is asked more often, and many at
+# once; `look_up` asks nothing else.
 _DENSE = {"weights": (1.0, 1.5, 0.7, 0.7, 1.5), "lists": 0.7}
 LESSONS: Mapping[str, Lesson] = {
     lesson.name: lesson
@@ -64,6 +65,7 @@ LESSONS: Mapping[str, Lesson] = {
         Lesson("semantic", _PICTURES, "both", objects=2, letters=(2, 4), lines=1, real_words=0.0, **_DENSE),
         Lesson("alignment", _PICTURES, captions=0.15, turns=3, **_DENSE),
         Lesson("instruction", _PICTURES, captions=0.15, turns=3, **_DENSE),
+        Lesson("look_up", (("scene", 1.0),), captions=0.0, turns=0, lists=1.0),
         Lesson("text_mix", (("prose", 0.5), ("told", 0.5))),
     )
 }
