@@ -148,7 +148,7 @@ def load_glyphs() -> np.ndarray:
         for letter in "abcdefghijklmnopqrstuvwxyz":
             canvas = Image.new("L", (3 * CELL, height), 0)
             ImageDraw.Draw(canvas).text((1.5 * CELL, BASELINE), letter, fill=255, font=font, anchor="ms")
-            left, _, right, _ = canvas.getbbox()
+            left, _, right, _ = canvas.getbbox() or (0, 0, 1, height)
             ink = canvas.crop((left, 0, right, height))
             if ink.width > CELL:
                 ink = ink.resize((CELL, height), Image.Resampling.LANCZOS)

@@ -57,7 +57,7 @@ def demo_recipe(vocab_size: int, quick: bool = False, seed: int = 0) -> Recipe:
         _stage("S1.1", {"concept": 1.0}, VISUAL, 350, 3e-3, batch_size=12, sequence_length=120, tiles_per_row=9),
         _stage("S1.2", {"semantic": 1.0}, VISUAL, 180, 2e-3, **rows),
         _stage("S1.3", {"alignment": 0.47, "look_up": 0.45, "text_mix": 0.08}, VISUAL + ATTENTION, 950, 2e-3, **rows),
-        _stage("S2", {"instruction": 0.82, "look_up": 0.10, "text_mix": 0.08}, (r".*",), 1750, 2e-3, **rows),
+        _stage("S2", {"instruction": 0.82, "look_up": 0.10, "text_mix": 0.08}, (r".*",), 1650, 2e-3, **rows),
     )
     if quick:
         stages = tuple(

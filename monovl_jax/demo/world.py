@@ -200,19 +200,19 @@ class World:
             if place is None:
                 return f"what is {PLACES[self._empty(dice, plan)]}", " nothing"
             return f"what is {PLACES[place]}", f" {plan.things[place]}"
-        if kind == "where":
+        if kind == "where" and place is not None:
             return f"where is the {plan.things[place]}", f" a {plan.things[place]} {PLACES[place]}"
         if kind == "count":
             return "how many drawings are there", f" {NUMBERS[len(plan.things)]}"
         if kind == "colour":
             return "what colour is the ground", f" {plan.colour}"
         if place is not None:
-            return f"is there a {plan.things[place]}", " yes"
+            return f"is there a {plan.things[place]}", f" {plan.things[place]} yes"
         present = set(plan.things.values())
         while True:
             name = dice.choice(DRAWINGS)
             if name not in present:
-                return f"is there a {name}", " no"
+                return f"is there a {name}", f" {name} no"
 
     def _ask_list(self, dice: Dice, kind: str, plan: Plan, places: list[int]) -> tuple[str, str]:
         """Several questions in one, in random order: the answer is so many look-ups for the price of one turn."""
