@@ -7,6 +7,7 @@ pictures are (`image_sizes`, for planning without pixels).
 
 from __future__ import annotations
 
+import abc
 import json
 import threading
 from collections.abc import Sequence
@@ -140,18 +141,18 @@ class Encoding:
         return np.zeros((count, side, side, 3), np.uint8)
 
 
-class ConversationSource:
+class ConversationSource(abc.ABC):
     """Base of sources of conversations with pictures. Subclasses define `__len__`, `turns`, `image_sizes` and `images`."""
 
     def __init__(self, encoding: Encoding) -> None:
         self.encoding = encoding
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
 
+    @abc.abstractmethod
     def turns(self, index: int) -> Sequence[Turn]:
         """The conversation of sample `index`; `<image>` marks where a picture stands."""
-        raise NotImplementedError
 
     def image_sizes(self, index: int) -> Sequence[tuple[int, int]]:
         """(width, height) of each picture, without decoding it."""

@@ -18,8 +18,9 @@ class Lesson:
     captions: with style "questions", the share of pictures that are described instead.
     tiles: 1 (concept stage: one thing on one tile) or 4.
     objects, letters, lines: how much is in a picture at most; real_words: share of English words, the rest are random letters.
-    turns: questions asked about one picture at most. weights: relative shares of SCENE_QUESTIONS. lists: how often all
-    drawings are asked for at once ("where is the fox and the cat", "which of fox, kite, ..."), beside the single questions.
+    fewest: drawings in a scene at least.
+    turns: questions asked about one picture at most. weights: relative shares of SCENE_QUESTIONS. lists: how often all drawings
+    are asked for at once beside the single questions, as "where is the fox and the cat" and as "which of fox, kite, ...".
     """
 
     name: str
@@ -28,12 +29,13 @@ class Lesson:
     captions: float = 0.2
     tiles: int = 4
     objects: int = 4
+    fewest: int = 1
     letters: tuple[int, int] = (3, 6)
     lines: int = 2
     real_words: float = 0.3
     turns: int = 4
     weights: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0, 1.0)
-    lists: float = 0.0
+    lists: tuple[float, float] = (0.0, 0.0)
 
     @functools.cached_property
     def _cumulative(self) -> tuple[tuple[str, float], ...]:
@@ -45,9 +47,9 @@ class Lesson:
 
 
 _PICTURES = (("scene", 0.50), ("digit", 0.22), ("word", 0.21), ("single", 0.07))
-# Looking a thing up by its name (where, is there) takes more than 100,000 examples to form, so it is asked more often, and many at
-# once; `look_up` asks nothing else.
-_DENSE = {"weights": (1.0, 1.5, 0.7, 0.7, 1.5), "lists": 0.7}
+# Looking a thing up by its name (where, is there) forms later than everything else, so it is asked more often, and many at once;
+# `look_up` asks nothing else, and "where" most of all: that cannot be answered from a mere list of what is in the picture.
+_DENSE = {"weights": (1.0, 1.5, 0.7, 0.7, 1.5), "lists": (0.7, 0.7)}
 LESSONS: Mapping[str, Lesson] = {
     lesson.name: lesson
     for lesson in (
@@ -65,7 +67,7 @@ LESSONS: Mapping[str, Lesson] = {
         Lesson("semantic", _PICTURES, "both", objects=2, letters=(2, 4), lines=1, real_words=0.0, **_DENSE),
         Lesson("alignment", _PICTURES, captions=0.15, turns=3, **_DENSE),
         Lesson("instruction", _PICTURES, captions=0.15, turns=3, **_DENSE),
-        Lesson("look_up", (("scene", 1.0),), captions=0.0, turns=0, lists=1.0),
+        Lesson("look_up", (("scene", 1.0),), captions=0.0, fewest=3, turns=0, lists=(1.0, 0.3)),
         Lesson("text_mix", (("prose", 0.5), ("told", 0.5))),
     )
 }

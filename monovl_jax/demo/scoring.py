@@ -100,12 +100,16 @@ class Evaluator:
         return out
 
     def score(self, generator: Generator, pictures: str) -> tuple[dict[str, dict[str, float]], list[dict[str, Any]]]:
-        """({task: {exact, n}}, examples for the gallery): exact match in percent."""
+        """({task: {exact, n}}, examples for the gallery): exact match in percent; `exact_<split>` where a task has several splits."""
         scores, gallery = {}, []
         for task, items in self.sets.items():
             answers = self.answers(generator, items, pictures, ANSWER_TOKENS.get(task, 8))
             right = [exact(answer, item.answer) for answer, item in zip(answers, items, strict=True)]
+            splits = sorted({str(item.meta["split"]) for item in items})
             scores[task] = {"exact": 100.0 * float(np.mean(right)), "n": len(items)}
+            for split in splits if len(splits) > 1 else ():
+                of_split = [ok for ok, item in zip(right, items, strict=True) if item.meta["split"] == split]
+                scores[task][f"exact_{split}"] = 100.0 * float(np.mean(of_split))
             wrong = [i for i, ok in enumerate(right) if not ok][: GALLERY // 2]
             chosen = wrong + [i for i, ok in enumerate(right) if ok][: GALLERY - len(wrong)]
             gallery += [{"task": task, "index": i, "answer": answers[i], "right": bool(right[i])} for i in chosen]

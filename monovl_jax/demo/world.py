@@ -21,7 +21,8 @@ from text lengths; `World.picture` draws from a second random stream.
 
 Held out from every training split:
     pairs    1/12 of all pairs of drawings never share a training picture (split "pair")
-    places   a third of the drawings never stand in one of the four places (split "place")
+    places   a third of the drawings never stand in one of the four places of a training picture (split "place"); scenes told in
+             words put any drawing anywhere
     digits   the last 360 scans in file order: other writers
     words    a quarter of the English words of 3-6 letters; no random word equals one
 
@@ -143,13 +144,19 @@ class World:
     # ------------------------------------------------------------------------------------------------------------------ what is in it
     def _scene(self, dice: Dice, split: str, most: int, least: int = 1) -> tuple[dict[int, str], tuple[int, ...]]:
         """{place: drawing} in reading order. Every number of drawings is equally frequent.
-        train: nothing held out. pair: a held-out pair, no held-out place. place: at least one held-out place."""
+        train: nothing held out. pair: a held-out pair, no held-out place. place: at least one held-out place.
+        told: no held-out pair, any place."""
         n = dice.between(max(least, 2) if split == "pair" else least, most)
         while True:
             places, drawings = dice.draw(4, n), dice.draw(len(DRAWINGS), n)
             held_places = tuple(p for p, d in zip(places, drawings, strict=True) if self._place_held[d][p])
             held_pair = any(self._pair_held[drawings[i]][drawings[j]] for i in range(n) for j in range(i))
-            wanted = {"train": not held_places and not held_pair, "pair": held_pair and not held_places, "place": bool(held_places)}[split]
+            wanted = {
+                "train": not held_places and not held_pair,
+                "pair": held_pair and not held_places,
+                "place": bool(held_places),
+                "told": not held_pair,
+            }[split]
             if wanted:
                 return {p: DRAWINGS[d] for p, d in sorted(zip(places, drawings, strict=True))}, held_places
 
@@ -168,7 +175,7 @@ class World:
         tiles = 1 if kind == "single" else lesson.tiles
         most = 1 if tiles == 1 else lesson.objects
         if kind in ("scene", "single"):
-            things, held = self._scene(dice, split if tiles > 1 else "train", most)
+            things, held = self._scene(dice, split if tiles > 1 else "train", most, min(lesson.fewest, most))
             return Plan(kind, tiles, colour, things=things if tiles > 1 else {0: next(iter(things.values()))}, held=held)
         if kind == "digit":
             n = dice.between(1, most)
@@ -240,8 +247,8 @@ class World:
             keys = [dice.random() ** (1 / w) for w in lesson.weights]  # weighted order without replacement
             order = sorted(range(len(keys)), key=lambda i: -keys[i])
             turns = [self._ask_scene(dice, kind, plan, about.get(kind)) for kind in (SCENE_QUESTIONS[i] for i in order[:most])]
-            for kind in ("where", "there"):
-                if dice.random() < lesson.lists:
+            for kind, share in zip(("where", "there"), lesson.lists, strict=True):
+                if dice.random() < share:
                     turns.append(self._ask_list(dice, kind, plan, dice.shuffled(places)))
             return dice.shuffled(turns)
         turns = [("what colour is the ground", f" {plan.colour}")] if dice.random() < 0.2 else []
@@ -270,7 +277,7 @@ class World:
     def _told(self, dice: Dice, split: str) -> tuple[str, Plan]:
         """Sentences in random order, each with the place before or after the thing."""
         kind = ("scene", "scene", "scene", "digit", "word")[dice.below(5)]
-        plan = self._plan(dice, kind, _TOLD, split)
+        plan = self._plan(dice, kind, _TOLD, "told" if split == "train" else split)
         if kind == "word":
             facts = [f'{n} word is "{w}"' for n, w in zip(_line_names(len(plan.words)), plan.words, strict=True)]
         else:
@@ -459,7 +466,7 @@ class World:
         return [self.dialog(lesson, "pair", seed, i) for i in range(n)]
 
 
-_TOLD = Lesson("told", (), turns=8, lists=0.6)
+_TOLD = Lesson("told", (), turns=8, lists=(0.6, 0.6))
 
 
 def _line_names(n: int) -> tuple[str, ...]:
