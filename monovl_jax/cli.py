@@ -120,6 +120,10 @@ def train(
     stages: tuple[str, ...] = (),
     steps: int | None = None,
     seed: int | None = None,
+    trainable: tuple[str, ...] = (),
+    batch_size: int | None = None,
+    accumulation: int | None = None,
+    learning_rate: float | None = None,
     strict: bool = False,
     verify_images: bool = False,
     check: bool = False,
@@ -132,7 +136,7 @@ def train(
     """Train a recipe on your own pictures and conversations (docs/training.md). Rerun the same command to resume.
 
     Args:
-        recipe: evip, evip_plus_plus, finetune, or FILE.py:NAME with a Recipe or a function that gives one.
+        recipe: evip, evip_plus_plus, sft, sft:lora, or FILE.py:NAME with a Recipe or a function that gives one.
         data: META.json, which lists the data sets.
         init: weights to start from, a run directory or a folder in the released layout; random ones without it.
         init_stage: of a run directory, the stage to start from; its last finished one by default.
@@ -141,6 +145,10 @@ def train(
         stages: only these stages of the recipe.
         steps: of every stage, instead of the recipe's.
         seed: of random weights and of the order of the data, instead of the recipe's.
+        trainable: regexes over parameter paths, instead of the recipe's; everything else is frozen.
+        batch_size: rows of a step, instead of the recipe's.
+        accumulation: micro-batches a step, instead of the recipe's.
+        learning_rate: the peak, instead of the recipe's.
         strict: stop at the first bad sample instead of leaving it out.
         verify_images: decode every picture before training, not only its header.
         check: look at recipe, weights and data, make the first batches, train nothing.
@@ -163,6 +171,10 @@ def train(
             stages=stages,
             steps=steps,
             seed=seed,
+            trainable=trainable,
+            batch_size=batch_size,
+            accumulation=accumulation,
+            learning_rate=learning_rate,
             strict=strict,
             verify_images=verify_images,
             dtype=dtype,

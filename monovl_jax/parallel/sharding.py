@@ -26,6 +26,8 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"^decoder/blocks/attention/(text|visual)/out_bias$", P()),
     (r"^decoder/blocks/mlp/(text|visual)/(gate|up)$", P(None, "fsdp", "tensor")),  # [L, D, F]
     (r"^decoder/blocks/mlp/(text|visual)/down$", P(None, "tensor", "fsdp")),  # [L, F, D]
+    # Adapters (`training.lora`) are small: whole everywhere.
+    (r"^lora/", P()),
 )
 
 ROWS = ("data", "fsdp")

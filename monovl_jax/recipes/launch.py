@@ -87,10 +87,12 @@ def known_recipes() -> list[str]:
     return [name for name in names if hasattr(importlib.import_module(f"monovl_jax.recipes.{name}"), DEFAULT_NAME)]
 
 
-def find_recipe(spec: str) -> Recipe:
-    """The recipe that `evip`, `evip:NAME` or `FILE.py:NAME` stands for; NAME is a Recipe or a function without arguments that gives one.
+def find_recipe(spec: str, model: ModelConfig | None = None) -> Recipe:
+    """The recipe that `evip`, `evip:NAME` or `FILE.py:NAME` stands for; NAME is a Recipe or a function that gives one.
 
-    Without NAME it is `recipe`. Raises LaunchError, or what the file raises as RecipeError or ConfigError.
+    Without NAME it is `recipe`. A function may take one argument: the config `model` of the weights to start from.
+
+    Raises LaunchError, or what the file raises as RecipeError or ConfigError.
     """
     source, _, name = spec.rpartition(":") if ":" in spec else (spec, "", "")
     name = name or DEFAULT_NAME
@@ -100,16 +102,29 @@ def find_recipe(spec: str) -> Recipe:
         raise LaunchError(f"{source} has no {name!r}; recipes in it: {', '.join(there) or 'none'}. Write {source}:NAME")
     value = getattr(module, name)
     if not isinstance(value, Recipe) and callable(value):
-        try:
-            inspect.signature(value).bind()
-        except TypeError:
-            raise LaunchError(f"{source}:{name} needs arguments; give a Recipe, or a function without arguments") from None
-        except ValueError:
-            pass  # a callable without a signature: calling it will tell
-        value = _called(value, f"{source}:{name}")
+        where = f"{source}:{name}"
+        if _accepts(value, 0):
+            value = _called(value, where)
+        elif not _accepts(value, 1):
+            raise LaunchError(f"{where} needs arguments; give a Recipe, or a function that takes nothing or the model config alone")
+        elif model is None:
+            raise LaunchError(f"{where} works on a model you bring; give --init DIR")
+        else:
+            value = _called(lambda: value(model), where)
     if not isinstance(value, Recipe):
         raise LaunchError(f"{source}:{name} is a {type(value).__name__}; give a monovl_jax.training.stages.Recipe or a function giving one")
     return value
+
+
+def _accepts(function: Callable[..., Any], arguments: int) -> bool:
+    """Whether a function can be called with so many arguments; calling tells for one without a signature."""
+    try:
+        inspect.signature(function).bind(*[None] * arguments)
+    except TypeError:
+        return False
+    except ValueError:
+        return True
+    return True
 
 
 def _gives_a_recipe(value: Any) -> bool:
@@ -150,15 +165,18 @@ def _load_file(path: Path) -> ModuleType:
     return module
 
 
-def adapted(recipe: Recipe, stages: Sequence[str] = (), steps: int | None = None, seed: int | None = None) -> Recipe:
+def adapted(recipe: Recipe, stages: Sequence[str] = (), steps: int | None = None, seed: int | None = None, **changes: Any) -> Recipe:
     """A recipe cut to some of its stages (in its own order), with other steps in each, or another seed of weights and data.
 
-    The warm-up is never longer than the stage. Raises RecipeError for an unknown stage or steps below 1.
+    changes: other values for fields of every stage, None for the recipe's own. The warm-up is never longer than the stage. Raises
+    RecipeError for an unknown stage or a value that a stage cannot have.
     """
     wanted = {recipe.stage(name).name for name in stages} or {stage.name for stage in recipe.stages}
     chosen = tuple(stage for stage in recipe.stages if stage.name in wanted)
     if steps is not None:
         chosen = tuple(dataclasses.replace(s, steps=steps, warmup_steps=max(0, min(s.warmup_steps, steps))) for s in chosen)
+    if given := {field: value for field, value in changes.items() if value is not None}:
+        chosen = tuple(dataclasses.replace(stage, **given) for stage in chosen)
     if seed is not None:
         chosen = tuple(dataclasses.replace(stage, seed=seed) for stage in chosen)
     copy = recipe.copy_experts_before if recipe.copy_experts_before in wanted else None
@@ -474,6 +492,10 @@ def prepare(
     stages: Sequence[str] = (),
     steps: int | None = None,
     seed: int | None = None,
+    trainable: Sequence[str] = (),
+    batch_size: int | None = None,
+    accumulation: int | None = None,
+    learning_rate: float | None = None,
     strict: bool = False,
     verify_images: bool = False,
     dtype: str | None = None,
@@ -486,14 +508,22 @@ def prepare(
 
     See docs/training.md for the arguments, which are those of `monovl train`. Raises one of EXPECTED_ERRORS.
     """
-    chosen = adapted(find_recipe(recipe), stages, steps, seed)
+    start = None if init is None else find_start(init, init_stage)
+    chosen = adapted(
+        find_recipe(recipe, None if start is None else start.config),
+        stages,
+        steps,
+        seed,
+        trainable=tuple(trainable) or None,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        learning_rate=learning_rate,
+    )
     sets = read_meta(meta)
     used = check_mixtures(chosen, sets, meta)
     for stage in chosen.stages:
         chosen.trainable_paths(stage)
-    start = None
-    if init is not None:
-        start = find_start(init, init_stage)
+    if start is not None:
         check_start(chosen.model, start)
         chosen = dataclasses.replace(chosen, model=dataclasses.replace(chosen.model, upstream=start.config.upstream))
     folder = tokenizer or init

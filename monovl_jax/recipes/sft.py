@@ -1,4 +1,4 @@
-"""Fine-tuning Mono-InternVL-2B on instructions, with the values of upstream's released script.
+"""Supervised fine-tuning on instructions, with the values of upstream's released script for Mono-InternVL-2B.
 
 Source: Mono-InternVL shell/mono_internvl_finetune_llava_torchrun.sh and zero_stage1_config.json: 665,298 samples of LLaVA-v1.5-mix665k in
 one epoch, 128 samples a step, 2,048 tokens, 6 tiles and a thumbnail a picture, everything trained. Unlike there several samples share a
@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from monovl_jax.config import mono_internvl_2b
+from monovl_jax.config import ModelConfig
 from monovl_jax.data.meta import EVERYTHING
+from monovl_jax.training.lora import Lora
 from monovl_jax.training.stages import Recipe, Stage
 
 SFT = Stage(
@@ -29,11 +30,15 @@ SFT = Stage(
 )
 """One stage on all data sets of META.json."""
 
-
-def finetune_2b() -> Recipe:
-    """Starts from a released or pre-trained model: visual experts stay as they are."""
-    return Recipe("finetune_2b", dataclasses.replace(mono_internvl_2b(), max_tiles=6), (SFT,))
+LORA = dataclasses.replace(SFT, trainable=(), lora=Lora(rank=16), learning_rate=2e-4)
+"""The same with adapters of rank 16 on all projections of the decoder and nothing else; rank and rate are ours, not upstream's."""
 
 
-recipe = finetune_2b
-"""What `monovl train finetune` runs."""
+def recipe(model: ModelConfig) -> Recipe:
+    """What `monovl train sft` runs, on the model of --init. Its visual experts stay as they are."""
+    return Recipe("sft", dataclasses.replace(model, max_tiles=6), (SFT,))
+
+
+def lora(model: ModelConfig) -> Recipe:
+    """What `monovl train sft:lora` runs."""
+    return Recipe("sft_lora", dataclasses.replace(model, max_tiles=6), (LORA,))

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import shutil
+import types
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -138,7 +139,11 @@ def run_lock(run_dir: str | Path) -> Iterator[None]:
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:
-    """A dataclass (with nested ones and tuples) of its JSON form."""
+    """A dataclass (with nested ones, optional ones and tuples) of its JSON form."""
+    if isinstance(kind, types.UnionType):
+        if value is None:
+            return None
+        kind = next((k for k in typing.get_args(kind) if dataclasses.is_dataclass(k)), kind)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         hints = typing.get_type_hints(kind)
         if unknown := sorted(set(value) - set(hints)):

@@ -24,6 +24,7 @@ from monovl_jax.parallel.mesh import make_mesh
 from monovl_jax.parallel.sharding import parameter_shardings
 from monovl_jax.training import checkpoint
 from monovl_jax.training.checkpoint import RunError, StageStore, abstract
+from monovl_jax.training.lora import adapter_shapes, init_adapters, merged
 from monovl_jax.training.metrics import Row, RunLog
 from monovl_jax.training.optimizer import Optimizer, make_optimizer
 from monovl_jax.training.stages import Recipe, RecipeError, Stage
@@ -202,7 +203,8 @@ class _Run:
         """(trainable, opt_state, frozen, meta) to go on from: the last complete checkpoint, or the start of the stage."""
         chosen, mesh = self.recipe.trainable_paths(stage), self.mesh
         shapes, places = (split_tree(tree, chosen) for tree in (self.structure.shapes, self.shardings))
-        masters = abstract(shapes[0], places[0], jnp.float32)
+        added = adapter_shapes(self.structure.shapes, stage.lora) if stage.lora else {}
+        masters = abstract(shapes[0] | added, places[0] | parameter_shardings(added, mesh), jnp.float32)
         states = optimizer_shardings(optimizer, masters, mesh)
         latest = store.latest()
         if latest is not None:
@@ -212,6 +214,10 @@ class _Run:
             frozen = store.restore_base(abstract(shapes[1], places[1], self.frozen_dtype), self.recipe.model)
             return trainable, opt_state, frozen, meta
         trainable, frozen = self.split(self.starting_parameters(stage), chosen)
+        if stage.lora:
+            trainable |= jax.device_put(
+                init_adapters(self.structure.shapes, stage.lora, self.recipe.seed), parameter_shardings(added, mesh)
+            )
         opt_state = jax.jit(optimizer.transform.init, out_shardings=states)(trainable)
         store.save_base(frozen)
         return trainable, opt_state, frozen, {"step": 0, "position": 0, "seconds": 0.0}
@@ -221,7 +227,15 @@ class _Run:
         optimizer = make_optimizer(stage)
         trainable, opt_state, frozen, meta = self.begin(stage, store, optimizer)
         step = make_train_step(
-            self.structure.graphdef, optimizer, self.ops, trainable, frozen, self.mesh, accumulation=stage.accumulation, nll=self.nll
+            self.structure.graphdef,
+            optimizer,
+            self.ops,
+            trainable,
+            frozen,
+            self.mesh,
+            accumulation=stage.accumulation,
+            nll=self.nll,
+            lora=stage.lora,
         )
         done, position = int(meta["step"]), int(meta["position"])
         if log is not None:
@@ -255,7 +269,7 @@ class _Run:
             if log is not None:
                 log.end_stage()
         del opt_state
-        self.parameters = merge_trees(trainable, frozen)
+        self.parameters = merge_trees(*merged(trainable, frozen, stage.lora))
         store.save_final(self.parameters, {"steps": stage.steps, "position": position, "seconds": clock.seconds, "loss": last})
 
     def _settle(self, pending: _Pending, stage: Stage, clock: _Clock, log: RunLog | None) -> float:

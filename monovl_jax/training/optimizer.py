@@ -10,10 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from monovl_jax.training.stages import Stage
-from monovl_jax.training.trainable import Tree, flatten, unflatten
-
-STACKED = "decoder/blocks/"
-"""Leaves under this path have a leading layer axis, which does not count as a dimension of the parameter."""
+from monovl_jax.training.trainable import STACKED, Tree, flatten, unflatten
 
 _UNDECAYED = re.compile(r"(^|[/_])(bias\d*|norm|norm_scale|scale)$")
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from monovl_jax.config import ModelConfig
+from monovl_jax.training.lora import Lora, target_paths
 from monovl_jax.training.trainable import TrainableError, model_structure, select
 
 Schedule = Literal["constant", "cosine"]
@@ -31,6 +32,7 @@ class Stage:
     mixture: {source name: weight}, weights relative. text_rows, text_length, text_mixture: a second, text-only part of every batch.
     loss_weighting: weight of each of the n supervised tokens of a sample: 'token' 1, 'sample' 1/n, 'square' 1/sqrt(n).
     seed: of the order of the data.
+    lora: adapters trained beside (or, with an empty `trainable`, instead of) the parameters, and merged when the stage ends.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Stage:
     text_mixture: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
     loss_weighting: LossWeighting = "token"
     seed: int = 0
+    lora: Lora | None = None
 
     def __post_init__(self) -> None:
         def require(condition: bool, problem: str) -> None:
@@ -62,7 +65,7 @@ class Stage:
                 raise RecipeError(f"stage {self.name!r}: {problem}")
 
         require(bool(self.name) and all(c.isalnum() or c in "._-" for c in self.name), "the name may hold letters, digits and . _ - only")
-        require(len(self.trainable) > 0, "trainable is empty; give at least one regex")
+        require(len(self.trainable) > 0 or self.lora is not None, "trainable is empty; give at least one regex, or lora")
         for field in ("steps", "batch_size", "accumulation", "sequence_length"):
             require(getattr(self, field) >= 1, f"{field} is {getattr(self, field)}; it must be at least 1")
         for field in ("tiles_per_row", "warmup_steps", "text_rows", "text_length"):
@@ -130,6 +133,12 @@ class Recipe:
         """The parameters that a stage trains, found without allocating any. Raises RecipeError for a regex that matches nothing."""
         shape = model_structure(self.model)
         try:
-            return select(shape.paths, stage.trainable, shape.stored)
+            chosen = select(shape.paths, stage.trainable, shape.stored)
+            adapted = target_paths(shape.shapes, stage.lora) if stage.lora else frozenset()
         except TrainableError as error:
             raise RecipeError(f"stage {stage.name!r}: {error}") from None
+        if both := sorted(chosen & adapted):
+            raise RecipeError(
+                f"stage {stage.name!r}: {both[0]} is trained and has a lora adapter; take it out of trainable or of lora.targets"
+            )
+        return chosen

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 
 from monovl_jax.model import VLM, Ops
 from monovl_jax.parallel.sharding import batch_sharding, parameter_sharding, parameter_shardings, replicated
+from monovl_jax.training.lora import Lora, merged
 from monovl_jax.training.losses import weighted_nll
 from monovl_jax.training.optimizer import Optimizer
 from monovl_jax.training.trainable import Tree, flatten, unflatten
@@ -130,15 +131,16 @@ def train_step(
     opt_state: Any,
     frozen: Tree,
     batch: Batch,
+    lora: Lora | None = None,
 ) -> tuple[Tree, Any, Metrics]:
-    """The unjitted step; `make_train_step` binds the first five arguments and jits it."""
+    """The unjitted step; `make_train_step` binds the first five arguments and `lora`, and jits it."""
     parts = as_parts(batch)
     weights, counts = _sums(parts)
     total = jnp.sum(weights)
     scale = jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
 
     def loss(trainable: Tree, micro: tuple[Part, ...]) -> tuple[jax.Array, jax.Array]:
-        nlls = _nlls(graphdef, (trainable, frozen), micro, ops, nll)
+        nlls = _nlls(graphdef, merged(trainable, frozen, lora), micro, ops, nll)
         return jnp.sum(nlls) * scale, nlls
 
     gradients_of = jax.grad(loss, has_aux=True)
@@ -175,6 +177,7 @@ def make_train_step(
     mesh: Mesh,
     accumulation: int = 1,
     nll: Nll = next_token_nll,
+    lora: Lora | None = None,
 ) -> Callable[[Tree, Any, Tree, Batch], tuple[Tree, Any, Metrics]]:
     """The jitted step: (trainable, opt_state, frozen, batch) -> (trainable, opt_state, metrics). The first two are donated.
 
@@ -185,6 +188,7 @@ def make_train_step(
       mesh: parameters lie on it by the table of `parallel.sharding`; the batch as `place_batch` puts it.
       accumulation: A; with A > 1 batch leaves are [A, B, ...], and gradients are summed over micro-batches in float32.
       nll: what is minimised; see `Nll`.
+      lora: of the adapters in `trainable`, if there are any.
 
     Metrics stay on the device: loss, grad_norm (before clipping), learning_rate, weight (sum of loss weights) float32[]; part_losses
     float32[P]; supervised, tokens (not padding) int32[]. The same inputs give the same bits on CPU.
@@ -193,7 +197,7 @@ def make_train_step(
     states = optimizer_shardings(optimizer, trainable, mesh)
 
     def step(trainable: Tree, opt_state: Any, frozen: Tree, batch: Batch) -> tuple[Tree, Any, Metrics]:
-        return train_step(graphdef, optimizer, ops, accumulation, nll, trainable, opt_state, frozen, batch)
+        return train_step(graphdef, optimizer, ops, accumulation, nll, trainable, opt_state, frozen, batch, lora)
 
     return jax.jit(
         step,

@@ -26,6 +26,9 @@ from monovl_jax.model.patch_embed import Stored
 Tree = dict[str, Any]
 """A nested dict of arrays (or of ShapeDtypeStructs)."""
 
+STACKED = "decoder/blocks/"
+"""Leaves under this path have a leading layer axis, which does not count as a dimension of the parameter."""
+
 Initial = Callable[[], Tree]
 """Makes the parameters that a run starts from."""
 

@@ -72,7 +72,7 @@ def broken():
     return 1 / 0
 
 
-def with_argument(rows):
+def with_argument(rows, tiles):
     return two
 
 
@@ -277,7 +277,7 @@ def test_strict_stops_at_a_picture_that_does_not_decode(home: Path, tmp_path: Pa
 
 def test_recipes_that_cannot_be_found(home: Path) -> None:
     file = home / "recipes.py"
-    assert "known: evip, evip_plus_plus, finetune;" in refused(home, "nonsense:x")
+    assert "known: evip, evip_plus_plus, sft;" in refused(home, "nonsense:x")
     assert "does not exist" in refused(home, f"{home / 'none.py'}:x")
     assert "has no 'three'; recipes in it: two, one, with_text, larger, unknown, small_vocabulary" in refused(home, "three")
     assert "is a int; give a" in refused(home, "nothing")
@@ -296,14 +296,21 @@ def test_recipes_by_name() -> None:
     evip = launch.find_recipe("evip")
     assert evip == launch.find_recipe("evip:evip_2b") == launch.find_recipe("monovl_jax.recipes.evip:recipe") and evip.name == "evip_2b"
     assert launch.find_recipe("evip_plus_plus").model.decoder.experts == "ffn+attention"
-    finetune = launch.find_recipe("finetune")
-    assert finetune.copy_experts_before is None and finetune.stages[0].steps == 5_197 and finetune.stages[0].warmup_steps == 156
+    sft = launch.find_recipe("sft", tiny())
+    assert sft.copy_experts_before is None and sft.stages[0].steps == 5_197 and sft.stages[0].warmup_steps == 156
+    assert sft.model == dataclasses.replace(tiny(), max_tiles=6)
+    assert launch.find_recipe("sft:lora", tiny()).stages[0].trainable == ()
+    with pytest.raises(launch.LaunchError, match="sft:recipe works on a model you bring; give --init"):
+        launch.find_recipe("sft")
     cut = launch.adapted(evip, ["S2", "S1.3"], steps=7, seed=5)
     assert [s.name for s in cut.stages] == ["S1.3", "S2"] and {(s.steps, s.warmup_steps, s.seed) for s in cut.stages} == {(7, 7, 5)}
     assert cut.copy_experts_before is None and cut.seed == 5
     assert launch.adapted(evip) == evip
     with pytest.raises(RecipeError, match="steps is 0"):
         launch.adapted(evip, steps=0)
+    changed = launch.adapted(evip, ["S2"], batch_size=4, accumulation=2, trainable=("^vision/",), learning_rate=None).stages[0]
+    assert (changed.batch_size, changed.accumulation, changed.trainable) == (4, 2, ("^vision/",))
+    assert changed.learning_rate == evip.stage("S2").learning_rate
 
 
 def test_mistakes_are_named_before_anything_compiles(home: Path, trained: tuple[Path, str, str]) -> None:
