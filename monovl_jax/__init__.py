@@ -23,8 +23,12 @@ _PUBLIC: dict[str, str] = {
     "VLM": "monovl_jax.model",
     "Ops": "monovl_jax.model",
     # using one
-    "load_pretrained": "monovl_jax.pretrained",
+    "from_pretrained": "monovl_jax.pretrained",
     "Pretrained": "monovl_jax.pretrained",
+    "import_model": "monovl_jax.convert.importer",
+    "export": "monovl_jax.pretrained",
+    "init_model": "monovl_jax.convert.init",
+    "inspect_model": "monovl_jax.convert.inspect",
     "load_weights": "monovl_jax.convert.weights",
     "run_case": "monovl_jax.evaluation.parity",
     # data

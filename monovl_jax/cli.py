@@ -7,8 +7,9 @@ import json
 import math
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -97,10 +98,10 @@ def generate(
         max_new_tokens: longest answer.
     """
     from monovl_jax.data.errors import SampleError
-    from monovl_jax.pretrained import load_pretrained
+    from monovl_jax.pretrained import from_pretrained
 
     try:
-        loaded = load_pretrained(model, stage)
+        loaded = from_pretrained(model, stage)
         asked = loaded.prompt(prompt, list(image))
     except (ValueError, SampleError, OSError) as error:
         print(f"monovl generate: {error}", file=sys.stderr)
@@ -124,6 +125,7 @@ def train(
     batch_size: int | None = None,
     accumulation: int | None = None,
     learning_rate: float | None = None,
+    sequence_length: int | None = None,
     strict: bool = False,
     verify_images: bool = False,
     check: bool = False,
@@ -149,6 +151,7 @@ def train(
         batch_size: rows of a step, instead of the recipe's.
         accumulation: micro-batches a step, instead of the recipe's.
         learning_rate: the peak, instead of the recipe's.
+        sequence_length: tokens of a row, instead of the recipe's.
         strict: stop at the first bad sample instead of leaving it out.
         verify_images: decode every picture before training, not only its header.
         check: look at recipe, weights and data, make the first batches, train nothing.
@@ -175,6 +178,7 @@ def train(
             batch_size=batch_size,
             accumulation=accumulation,
             learning_rate=learning_rate,
+            sequence_length=sequence_length,
             strict=strict,
             verify_images=verify_images,
             dtype=dtype,
@@ -195,7 +199,110 @@ def train(
     return 0
 
 
-COMMANDS = {"parity": parity, "demo": demo, "generate": generate, "train": train}
+def convert_import(src: Positional[Path], dst: Positional[Path], *, dtype: Literal["float32", "bfloat16", "float16"] | None = None) -> int:
+    """Released PyTorch weights to an Orbax folder of ours.
+
+    Args:
+        src: a folder with config.json and safetensors.
+        dst: a new folder.
+        dtype: of every tensor; as stored by default.
+    """
+    from monovl_jax.convert.importer import import_model
+
+    return _converted("import", lambda progress: import_model(src, dst, dtype, progress))
+
+
+def convert_export(
+    src: Positional[Path],
+    dst: Positional[Path],
+    *,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    shard_gb: float = 5.0,
+    stage: str | None = None,
+) -> int:
+    """An imported model or a training run to the released layout, for PyTorch.
+
+    Args:
+        src: a folder that `convert import` or `convert init` made, or a run directory.
+        dst: a new folder.
+        dtype: of every tensor; as stored by default.
+        shard_gb: largest file, in 10^9 bytes.
+        stage: of a run, the stage whose model is written; the last finished one by default.
+    """
+    from monovl_jax.pretrained import export
+
+    return _converted("export", lambda progress: export(src, dst, dtype, shard_gb, stage, progress=progress))
+
+
+def convert_init(
+    llm: Positional[Path],
+    dst: Positional[Path],
+    *,
+    model: str = "mono_internvl_2b",
+    vision: Path | None = None,
+    seed: int = 0,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+) -> int:
+    """A plain language model (InternLM2 or Qwen2) to the starting point of stage S1.1: visual experts are copies of its layers.
+
+    Args:
+        llm: the language model's folder.
+        dst: a new folder.
+        model: released size whose vision path and experts are taken; the decoder's sizes come from the language model.
+        vision: a released folder whose patch embedding is taken; a random one by default.
+        seed: of what is random.
+        dtype: of every tensor; that of the language model by default.
+    """
+    from monovl_jax.config import named_config
+    from monovl_jax.convert.init import init_model
+
+    return _converted("init", lambda progress: init_model(llm, dst, named_config(model), vision, seed, dtype, progress))
+
+
+def convert_inspect(src: Positional[Path]) -> int:
+    """What is in a model folder: sizes, dtypes, the table of names, what is missing or unknown. Exit code 1 when anything is.
+
+    Args:
+        src: a released folder, an imported model, or an Orbax folder of parameters.
+    """
+    from monovl_jax.convert.inspect import inspect_model
+
+    try:
+        found = inspect_model(src)
+    except (ValueError, OSError) as error:
+        print(f"monovl convert inspect: {error}", file=sys.stderr)
+        return 2
+    print(found.text())
+    return 1 if found.problems else 0
+
+
+def _converted(name: str, work: Callable[[Any], Path]) -> int:
+    from monovl_jax.convert.progress import progress_bar
+
+    try:
+        with progress_bar(name) as progress:
+            made = work(progress)
+    except (ValueError, OSError) as error:
+        print(f"monovl convert {name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"monovl convert {name}: stopped; nothing was written", file=sys.stderr)
+        return 130
+    print(made)
+    return 0
+
+
+def convert(
+    command: Annotated[int, tyro.conf.subcommand("import", constructor=convert_import)]
+    | Annotated[int, tyro.conf.subcommand("export", constructor=convert_export)]
+    | Annotated[int, tyro.conf.subcommand("init", constructor=convert_init)]
+    | Annotated[int, tyro.conf.subcommand("inspect", constructor=convert_inspect)],
+) -> int:
+    """Weights in and out (docs/conversion.md)."""
+    return command
+
+
+COMMANDS = {"parity": parity, "demo": demo, "generate": generate, "train": train, "convert": convert}
 
 
 def _prefer_huge_pages() -> None:
@@ -209,7 +316,15 @@ def _prefer_huge_pages() -> None:
 def main() -> None:
     """Entry point of the console script."""
     _prefer_huge_pages()
-    sys.exit(tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="monovl", description="Monolithic vision-language models in JAX."))
+    plain = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)  # `convert import --dtype`, not `command:import --command.dtype`
+    words = "Monolithic vision-language models in JAX."
+    try:
+        code = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="monovl", description=words, config=plain)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read our output has seen enough, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""A model folder, ready to use: a training run of ours, or a folder in the released layout."""
+"""A model folder, ready to use: a training run of ours, an imported model, or a folder in the released layout; and the way back out."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import numpy as np
 from PIL import Image
 
 from monovl_jax.config import ConfigError, ModelConfig, read_config
+from monovl_jax.convert.checkpoint import is_imported, load_imported
+from monovl_jax.convert.exporter import export_model, export_params, export_tree
 from monovl_jax.convert.weights import load_weights
 from monovl_jax.data.chat import TEMPLATES, ChatTemplate, Turn, encode_prompt
 from monovl_jax.data.images import load_image
@@ -18,7 +21,7 @@ from monovl_jax.data.tokenizer import Tokenizer
 from monovl_jax.inference.generate import Generator
 from monovl_jax.inference.prompts import Prompt
 from monovl_jax.model import Ops
-from monovl_jax.training.checkpoint import load_run
+from monovl_jax.training.checkpoint import final_folder, load_run
 
 IMAGE = "<image>"
 CONTEXT_TOKEN = "<IMG_CONTEXT>"
@@ -26,11 +29,12 @@ CONTEXT_TOKEN = "<IMG_CONTEXT>"
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """config, parameters (nested dict of arrays) and the tokenizer that belong together."""
+    """config, parameters (nested dict of arrays) and the tokenizer that belong together; folder: where they came from."""
 
     config: ModelConfig
     params: dict[str, Any]
     tokenizer: Tokenizer
+    folder: Path
 
     @property
     def template(self) -> ChatTemplate:
@@ -69,23 +73,66 @@ class Pretrained:
         pad = tokenizer.pad_id if tokenizer.pad_id is not None else 0
         return Generator(self.config, self.params, ops or Ops(), tokenizer.id_of(CONTEXT_TOKEN), sorted(stops), pad)
 
+    def save_pretrained(self, dst: str | Path, dtype: str | None = None, shard_gb: float = 5.0) -> Path:
+        """Writes the model in the released layout into a new folder, with the tokenizer's files of where it came from; returns `dst`.
+
+        dtype: float32, bfloat16 or float16 for every tensor; as they are by default. Raises WeightsError; nothing is written then.
+        """
+        return export_tree(self.params, self.config, self.folder, dst, dtype, shard_gb)
+
     def answer(self, generator: Generator, prompts: list[Prompt], max_new_tokens: int) -> list[str]:
         """Generated text of every prompt, stripped."""
         return [self.tokenizer.decode(ids.tolist()).strip() for ids in generator(prompts, max_new_tokens)]
 
 
-def load_pretrained(path: str | Path, stage: str | None = None) -> Pretrained:
-    """Loads a run directory (after its last finished stage, or `stage`) or a folder in the released layout.
+def from_pretrained(path: str | Path, stage: str | None = None) -> Pretrained:
+    """Loads a run directory (after its last finished stage, or `stage`), an imported model, or a folder in the released layout.
+
+    A name like `OpenGVLab/Mono-InternVL-2B` that is no folder here is downloaded from the Hugging Face hub when the extra `hf` is
+    installed: safetensors, JSON and tokenizer files only, never code or pickles.
 
     Raises ConfigError, WeightsError, RunError or TokenizerError with what is missing.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise ConfigError(f"{path} is no folder; give a run directory or a model folder")
-    if (path / "experiment.json").is_file():
-        config, params = load_run(path, stage)
-        return Pretrained(config, params, Tokenizer.from_folder(path))
+    folder = Path(path)
+    if not folder.is_dir():
+        folder = _download(str(path))
+    if (folder / "experiment.json").is_file():
+        config, params = load_run(folder, stage)
+        return Pretrained(config, params, Tokenizer.from_folder(folder), folder)
     if stage is not None:
-        raise ConfigError(f"{path} is a model folder, not a run; it has no stage {stage!r}")
-    config = read_config(path)
-    return Pretrained(config, load_weights(path, config), Tokenizer.from_folder(path))
+        raise ConfigError(f"{folder} is a model folder, not a run; it has no stage {stage!r}")
+    config = read_config(folder)
+    params = load_imported(folder, config) if is_imported(folder) else load_weights(folder, config)
+    return Pretrained(config, params, Tokenizer.from_folder(folder), folder)
+
+
+def _download(name: str) -> Path:
+    """The folder of a model on the Hugging Face hub."""
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) or Path(name).exists():
+        raise ConfigError(f"{name} is no folder; give a run directory, a model folder, or a name on the Hugging Face hub")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ConfigError(f"{name} is no folder; to fetch it from the Hugging Face hub `pip install 'monovl_jax[hf]'`") from None
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"]))
+    except Exception as error:  # the hub raises a dozen kinds: no network, no such model, no permission
+        raise ConfigError(
+            f"{name} is no folder and cannot be fetched from the Hugging Face hub ({type(error).__name__}: {error})"
+        ) from error
+
+
+def export(
+    src: str | Path, dst: str | Path, dtype: str | None = None, shard_gb: float = 5.0, stage: str | None = None, **options: Any
+) -> Path:
+    """Writes an imported model, or a run after `stage` (its last finished one by default), in the released layout; returns `dst`.
+
+    dtype, shard_gb, progress: see `convert.exporter.export_params`. Raises ConfigError, WeightsError or RunError.
+    """
+    src = Path(src)
+    if not (src / "experiment.json").is_file():
+        if stage is not None:
+            raise ConfigError(f"{src} is a model folder, not a run; it has no stage {stage!r}")
+        return export_model(src, dst, dtype, shard_gb, **options)
+    config, final = final_folder(src, stage)
+    return export_params(final, config, src, dst, dtype, shard_gb, **options)

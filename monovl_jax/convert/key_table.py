@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from monovl_jax.config import DecoderConfig, ModelConfig
+from monovl_jax.convert.arrays import copy_into
+from monovl_jax.convert.errors import WeightsError
 
 Array = np.ndarray
 
@@ -54,11 +56,12 @@ def _flat(name: str, path: str, ours: tuple[int, ...]) -> Row:
 
 def _vocabulary(name: str, path: str, c: DecoderConfig, transpose: bool) -> Row:
     """[V, D] upstream; padded to Vp rows here, and [D, Vp] for the head. Padding rows are zero and never exported."""
-    extra = c.padded_vocab_size - c.vocab_size
+    shape = (c.hidden_size, c.padded_vocab_size) if transpose else (c.padded_vocab_size, c.hidden_size)
 
     def load(a: Array) -> tuple[Array, ...]:
-        a = np.concatenate([a, np.zeros((extra, a.shape[1]), a.dtype)]) if extra else a
-        return (a.T if transpose else a,)
+        padded = np.zeros(shape, a.dtype)
+        copy_into(padded[:, : c.vocab_size] if transpose else padded[: c.vocab_size], a.T if transpose else a)
+        return (padded,)
 
     def save(a: Array) -> Array:
         return (a.T if transpose else a)[: c.vocab_size]
@@ -157,20 +160,25 @@ def set_leaf(tree: dict[str, Any], path: str, value: Any) -> None:
 
 
 def tree_from_upstream(config: ModelConfig, read: Callable[[str], Array]) -> dict[str, Any]:
-    """Builds our nested dict of arrays; `read(name)` gives an upstream tensor. Stacked leaves are filled layer by layer."""
+    """Builds our nested dict of arrays that own their memory; `read(name)` gives an upstream tensor. Stacked leaves are filled layer
+    by layer. Raises WeightsError when layers differ in dtype."""
     tree: dict[str, Any] = {}
     layers = config.decoder.num_layers
     for row in key_table(config):
         if not row.per_layer:
             for path, array in zip(row.paths, row.load(read(row.name)), strict=True):
-                set_leaf(tree, path, np.ascontiguousarray(array))
+                leaf_of_ours = np.empty(array.shape, array.dtype)
+                copy_into(leaf_of_ours, array)
+                set_leaf(tree, path, leaf_of_ours)
             continue
         stacked: Array | None = None
         for i in range(layers):
             (array,) = row.load(read(row.name.format(layer=i)))
             if stacked is None:
                 stacked = np.empty((layers, *array.shape), array.dtype)
-            stacked[i] = array
+            if array.dtype != stacked.dtype:
+                raise WeightsError(f"{row.name} is {stacked.dtype.name} in layer 0 and {array.dtype.name} in layer {i}; choose one dtype")
+            copy_into(stacked[i], array)
         set_leaf(tree, row.paths[0], stacked)
     return tree
 

@@ -1,7 +1,7 @@
 """`monovl train`: a recipe on a user's own data. Everything that can be wrong is looked at before anything compiles.
 
 What it writes into the run directory, beside what `training.checkpoint` and `training.metrics` describe: `config.json` and the tokenizer's
-files, so that the directory is a model for `load_pretrained`; `data.json`, what each stage reads; `bad_samples.jsonl`; `index/`.
+files, so that the directory is a model for `from_pretrained`; `data.json`, what each stage reads; `bad_samples.jsonl`; `index/`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import jax.numpy as jnp
 
 import monovl_jax.recipes
 from monovl_jax.config import ConfigError, ModelConfig, config_to_json, read_config
+from monovl_jax.convert.checkpoint import PARAMS, is_imported, load_imported, read_marker
 from monovl_jax.convert.key_table import upstream_shapes
 from monovl_jax.convert.weights import WeightFiles, WeightsError, check_names, load_weights
 from monovl_jax.data.chat import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, TEMPLATES
@@ -197,7 +198,7 @@ class Start:
 
 
 def find_start(path: Path, stage: str | None = None) -> Start:
-    """The weights of a run directory (after `stage`, by default its last finished one) or of a folder in the released layout.
+    """The weights of a run directory (after `stage`, by default its last finished one), an imported model, or a released folder.
 
     Nothing is loaded yet, but names and shapes are checked. Raises ConfigError, WeightsError or RunError.
     """
@@ -215,6 +216,11 @@ def find_start(path: Path, stage: str | None = None) -> Start:
     if stage is not None:
         raise ConfigError(f"{path} is a model folder, not a run; it has no stage {stage!r}")
     config = read_config(path)
+    if is_imported(path):
+        read_marker(path)
+        files = sorted(file for file in (path / PARAMS).rglob("*") if file.is_file())
+        digest = hashlib.sha256("".join(f"{file.name}{file_digest(file, blocks=4)}" for file in files).encode()).hexdigest()[:16]
+        return Start(config, lambda: load_imported(path, config), str(path), {"imported": digest})
     check_names(WeightFiles(path), config)
     files = sorted(file for pattern in ("*.safetensors", "pytorch_model*.bin") for file in path.glob(pattern))
     digest = hashlib.sha256("".join(f"{file.name}{file_digest(file)}" for file in files).encode()).hexdigest()[:16]
@@ -496,6 +502,7 @@ def prepare(
     batch_size: int | None = None,
     accumulation: int | None = None,
     learning_rate: float | None = None,
+    sequence_length: int | None = None,
     strict: bool = False,
     verify_images: bool = False,
     dtype: str | None = None,
@@ -518,6 +525,7 @@ def prepare(
         batch_size=batch_size,
         accumulation=accumulation,
         learning_rate=learning_rate,
+        sequence_length=sequence_length,
     )
     sets = read_meta(meta)
     used = check_mixtures(chosen, sets, meta)

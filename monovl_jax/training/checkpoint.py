@@ -302,12 +302,8 @@ def final_target(folder: Path, config: ModelConfig, mesh: Mesh | None = None) ->
     return abstract(saved, places)
 
 
-def load_run(run_dir: str | Path, stage: str | None = None, mesh: Mesh | None = None) -> tuple[ModelConfig, Tree]:
-    """(config, parameters as a nested dict) of a run, after a stage.
-
-    Args:
-      stage: by default the last one that has finished training.
-      mesh: where to put them; by default on the first device.
+def final_folder(run_dir: str | Path, stage: str | None = None) -> tuple[ModelConfig, Path]:
+    """(config, Orbax folder of the parameters) of a run after a stage, by default the last one that has finished training.
 
     Raises RunError when the directory is no run or the stage has not finished.
     """
@@ -323,5 +319,17 @@ def load_run(run_dir: str | Path, stage: str | None = None, mesh: Mesh | None = 
         raise RunError(
             f"{run_dir}: {which} {'has finished yet' if stage is None else 'has not finished'}; {known}. Rerun the command that trains it"
         )
-    store = stores[chosen]
-    return recipe.model, store.restore_final(final_target(store.final, recipe.model, mesh), recipe.model)
+    return recipe.model, stores[chosen].final
+
+
+def load_run(run_dir: str | Path, stage: str | None = None, mesh: Mesh | None = None) -> tuple[ModelConfig, Tree]:
+    """(config, parameters as a nested dict) of a run, after a stage.
+
+    Args:
+      stage: by default the last one that has finished training.
+      mesh: where to put them; by default on the first device.
+
+    Raises RunError when the directory is no run or the stage has not finished.
+    """
+    config, final = final_folder(run_dir, stage)
+    return config, _restore(final, final_target(final, config, mesh), config)

@@ -13,7 +13,7 @@ pytest.importorskip("sklearn")
 
 from monovl_jax.demo.run import demo
 from monovl_jax.demo.scoring import TASKS, frozen_guarantee
-from monovl_jax.pretrained import load_pretrained
+from monovl_jax.pretrained import from_pretrained
 
 STAGES = ("S1.1", "S1.2", "S1.3", "S2")
 
@@ -40,7 +40,7 @@ def test_the_quick_demo_leaves_a_report_metrics_and_a_model(tmp_path):
     again = demo(tmp_path / "run", quick=True, questions=10)
     assert again["scores"] == result["scores"]
 
-    model = load_pretrained(tmp_path / "run")
+    model = from_pretrained(tmp_path / "run")
     picture = np.full((50, 70, 3), 200, np.uint8)
     answers = model.answer(model.generator(), [model.prompt("describe the picture", [picture])], 8)
     assert len(answers) == 1

@@ -25,7 +25,7 @@ from monovl_jax.data.images import recompress
 from monovl_jax.data.meta import MetaError, read_meta, shares
 from monovl_jax.data.sources import BadSamples
 from monovl_jax.model import Ops
-from monovl_jax.pretrained import load_pretrained
+from monovl_jax.pretrained import from_pretrained
 from monovl_jax.recipes import launch
 from monovl_jax.training.metrics import read_log
 from monovl_jax.training.stages import RecipeError
@@ -219,9 +219,9 @@ def test_a_run_from_start_to_end(home: Path, trained: tuple[Path, str, str]) -> 
 
 
 def test_the_run_directory_is_a_model(trained: tuple[Path, str, str]) -> None:
-    loaded = load_pretrained(trained[0])
+    loaded = from_pretrained(trained[0])
     assert loaded.config == tiny() and loaded.tokenizer.fingerprint() == tiny_tokenizer().fingerprint()
-    before, after = (digests(load_pretrained(trained[0], stage).params) for stage in ("S1.1", "S2"))
+    before, after = (digests(from_pretrained(trained[0], stage).params) for stage in ("S1.1", "S2"))
     assert {path for path in before if before[path] != after[path]} > {"decoder/embedding", "decoder/head"}
 
 
