@@ -44,12 +44,21 @@ def demo_table(demo: dict[str, Any]) -> str:
 def render() -> str:
     """The block between the markers."""
     demo, step, parity = _read("demo.json"), _read("train_step.json"), _read("parity.json")
+    convert = _read("convert.json")
     minutes, memory = sum(demo["seconds"].values()) / 60, demo["peak_rss_bytes"] / 1e9
     text = list(demo["text_perplexity"].items())
     (first, before), (last, after) = text[0], text[-1]
     ratio = step["ratio_to_dense"]
     bench = "`python -m experiments.benchmarks.train_step`"
     outputs = f"{parity['cases']} recorded cases, {parity['checks']} outputs, {parity['failed']} outside tolerance"
+    converted = [
+        (
+            f"{way} of the 2B model ({convert['bytes'] / 1e9:.1f} GB), byte for byte",
+            f"{convert[way]['ratio_to_copy']:.2f}x copying the files and reading them back; {convert[way]['rss_anon_gb']:.1f} GB of memory",
+            "`python -m experiments.benchmarks.convert`",
+        )
+        for way in ("import", "export")
+    ]
     rows = [
         ("what", "measured", "command"),
         ("---", "---", "---"),
@@ -62,6 +71,7 @@ def render() -> str:
         ),
         ("a train step with visual FFN experts", f"{ratio['ffn']:.2f}x the dense model without experts", bench),
         ("with attention experts too", f"{ratio['ffn+attention']:.2f}x", bench),
+        *converted,
     ]
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     return f"""
