@@ -80,34 +80,165 @@ def demo(*, run_dir: Path = Path("runs/demo"), quick: bool = False, seed: int = 
     return 0
 
 
+@dataclasses.dataclass(frozen=True)
+class SamplingOptions:
+    """How answers are drawn.
+
+    Args:
+        temperature: 0 takes the likeliest token; else tokens are drawn.
+        top_k: draw from the k likeliest only; 0 for all.
+        top_p: draw from the likeliest that together have this probability.
+        repetition_penalty: above 1 makes what the answer has already less likely.
+        seed: of the draws.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+
+Dtype = Literal["float32", "bfloat16"]
+
+
 def generate(
     *,
     model: Path,
-    prompt: str,
+    prompt: str | None = None,
     image: tuple[Path, ...] = (),
+    jsonl: Path | None = None,
+    out: Path | None = None,
+    image_root: Path | None = None,
+    batch_size: int = 8,
     stage: str | None = None,
     max_new_tokens: int = 64,
+    dtype: Dtype | None = None,
+    sampling: SamplingOptions = SamplingOptions(),
 ) -> int:
-    """Answer one prompt about any number of pictures.
+    """Answer one prompt about any number of pictures, or a file of prompts (docs/inference.md).
 
     Args:
-        model: a run directory (runs/demo) or a folder in the released layout.
+        model: a run directory (runs/demo), an imported model, or a folder in the released layout.
         prompt: the question; `<image>` marks where a picture goes, by default all go before it.
         image: paths of pictures.
+        jsonl: instead of a prompt, a file of them: {"prompt": ..., "image": ...} a line. Rerun the same command to go on.
+        out: where the answers to --jsonl are written, a line each as they come.
+        image_root: folder of the pictures of --jsonl; that of the file by default.
+        batch_size: prompts of --jsonl answered together.
         stage: of a run directory, the stage whose model answers; the last one by default.
         max_new_tokens: longest answer.
+        dtype: of the computation; float32 on CPU and bfloat16 elsewhere by default.
     """
     from monovl_jax.data.errors import SampleError
-    from monovl_jax.pretrained import from_pretrained
 
+    if (prompt is None) == (jsonl is None) or (jsonl is None) != (out is None) or (jsonl is not None and image):
+        print("monovl generate: give --prompt (and --image), or --jsonl and --out", file=sys.stderr)
+        return 2
     try:
-        loaded = from_pretrained(model, stage)
-        asked = loaded.prompt(prompt, list(image))
+        loaded, generator = _ready(model, stage, dtype)
+        chosen = _sampling(sampling)
+        if prompt is not None:
+            asked = loaded.prompt(prompt, list(image))
+            print(loaded.answer(generator, [asked], max_new_tokens, chosen)[0])
+            _tell_compiling()
+            return 0
+        assert jsonl is not None and out is not None
+        return _generate_file(loaded, generator, jsonl, out, image_root, batch_size, max_new_tokens, chosen)
     except (ValueError, SampleError, OSError) as error:
         print(f"monovl generate: {error}", file=sys.stderr)
         return 2
-    print(loaded.answer(loaded.generator(), [asked], max_new_tokens)[0])
+    except KeyboardInterrupt:
+        print("monovl generate: stopped", file=sys.stderr)
+        return 130
+
+
+def _generate_file(loaded: Any, generator: Any, jsonl: Path, out: Path, root: Path | None, rows: int, most: int, sampling: Any) -> int:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from monovl_jax.inference.batch import answer_file
+
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("answers", total=None)
+        summary = answer_file(
+            loaded,
+            generator,
+            jsonl,
+            out,
+            max_new_tokens=most,
+            sampling=sampling,
+            batch_size=rows,
+            image_root=root,
+            report=lambda text: bar.console.print(text, markup=False, highlight=False),
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    print(f"{out}: {summary.answered} answered, {summary.skipped} there before, {summary.bad} bad lines")
+    return 1 if summary.bad else 0
+
+
+def chat(
+    model: Positional[Path],
+    *,
+    stage: str | None = None,
+    max_new_tokens: int = 512,
+    dtype: Dtype | None = None,
+    sampling: SamplingOptions = SamplingOptions(),
+) -> int:
+    """Talk with a model in the terminal; /help lists what else it understands (docs/inference.md).
+
+    Args:
+        model: a run directory (runs/demo), an imported model, or a folder in the released layout.
+        stage: of a run directory, the stage whose model answers; the last one by default.
+        max_new_tokens: longest answer.
+        dtype: of the computation; float32 on CPU and bfloat16 elsewhere by default.
+    """
+    from rich.console import Console
+
+    from monovl_jax.inference.chat import Chat
+    from monovl_jax.inference.conversation import Conversation
+
+    try:
+        loaded, generator = _ready(model, stage, dtype)
+        chosen = _sampling(sampling)
+    except (ValueError, OSError) as error:
+        print(f"monovl chat: {error}", file=sys.stderr)
+        return 2
+    console = Console()
+    Chat(Conversation(loaded, generator), console, lambda: console.input("[bold]> [/]"), max_new_tokens, chosen).run()
     return 0
+
+
+def _sampling(options: SamplingOptions) -> Any:
+    from monovl_jax.inference.sampling import Sampling
+
+    return Sampling(**dataclasses.asdict(options))
+
+
+def _ready(model: Path, stage: str | None, dtype: Dtype | None) -> tuple[Any, Any]:
+    """A loaded model and its generator; what they compile is kept on disk for the next time."""
+    import jax
+    import jax.numpy as jnp
+
+    from monovl_jax.inference.compiling import compile_seconds
+    from monovl_jax.model import Ops
+    from monovl_jax.pretrained import from_pretrained
+
+    if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(Path(home) / "monovl_jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    compile_seconds()  # counts from here
+    loaded = from_pretrained(model, stage)
+    kind = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    return loaded, loaded.generator(Ops(dtype=jnp.dtype(kind).type))
+
+
+def _tell_compiling() -> None:
+    from monovl_jax.inference.compiling import compile_seconds
+
+    if (seconds := compile_seconds()) > 1:
+        print(f"(compiling took {seconds:.1f} s; the next start reads it from disk)", file=sys.stderr)
 
 
 def train(
@@ -302,7 +433,7 @@ def convert(
     return command
 
 
-COMMANDS = {"parity": parity, "demo": demo, "generate": generate, "train": train, "convert": convert}
+COMMANDS = {"parity": parity, "demo": demo, "generate": generate, "chat": chat, "train": train, "convert": convert}
 
 
 def _prefer_huge_pages() -> None:

@@ -20,6 +20,7 @@ from monovl_jax.data.tiling import TilingConfig, tile_image
 from monovl_jax.data.tokenizer import Tokenizer
 from monovl_jax.inference.generate import Generator
 from monovl_jax.inference.prompts import Prompt
+from monovl_jax.inference.sampling import GREEDY, Sampling
 from monovl_jax.model import Ops
 from monovl_jax.training.checkpoint import final_folder, load_run
 
@@ -80,9 +81,9 @@ class Pretrained:
         """
         return export_tree(self.params, self.config, self.folder, dst, dtype, shard_gb)
 
-    def answer(self, generator: Generator, prompts: list[Prompt], max_new_tokens: int) -> list[str]:
+    def answer(self, generator: Generator, prompts: list[Prompt], max_new_tokens: int, sampling: Sampling = GREEDY) -> list[str]:
         """Generated text of every prompt, stripped."""
-        return [self.tokenizer.decode(ids.tolist()).strip() for ids in generator(prompts, max_new_tokens)]
+        return [self.tokenizer.decode(ids.tolist()).strip() for ids in generator(prompts, max_new_tokens, sampling=sampling)]
 
 
 def from_pretrained(path: str | Path, stage: str | None = None) -> Pretrained:

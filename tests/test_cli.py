@@ -44,6 +44,12 @@ def test_train_needs_data(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["train", "nonsense", "--data", "none.json"], "monovl train: no recipe is called 'nonsense'"),
         (["generate", "--model", "none", "--prompt", "x"], "monovl generate: none is no folder"),
+        (["generate", "--model", "none"], "monovl generate: give --prompt (and --image), or --jsonl and --out"),
+        (["generate", "--model", "none", "--jsonl", "x"], "monovl generate: give --prompt"),
+        (["chat", "none"], "monovl chat: none is no folder"),
+        (["convert", "export", "none", "out"], "monovl convert export: none is no imported model"),
+        (["convert", "inspect", "none"], "monovl convert inspect: none"),
+        (["train", "sft", "--data", "none.json"], "monovl train: sft:recipe works on a model you bring; give --init"),
         (["parity"], "monovl parity: give at least one case folder"),
     ],
 )

@@ -15,6 +15,7 @@ It needs torch, safetensors and numpy, in an environment of its own:
 import argparse
 import json
 import sys
+import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -452,12 +453,74 @@ def check_case(folder: Path, dtype: torch.dtype = torch.float32) -> Iterator[Che
         yield Checked(label, name, float(difference.max(initial=0.0)), bool((difference <= allowed).all()), limit)
 
 
+# --- the other side of benchmarks -------------------------------------------------------------------------------------------------------
+
+
+class Jobs:
+    """A model and what a benchmark asks of it; every job gives its seconds and something to compare."""
+
+    def __init__(self, folder: Path, image_id: int):
+        self.model = load(folder, image_id)
+        self.optimizer: torch.optim.Optimizer | None = None
+
+    def prefill(self, given: dict[str, Tensor]) -> dict[str, Any]:
+        """Logits of the last place; upstream computes those of all."""
+        with torch.no_grad():
+            began = time.perf_counter()
+            logits, _ = self.model.prefill(**given, last_only=True)
+            seconds = time.perf_counter() - began
+        return {"seconds": seconds, "values": logits[:, -1].flatten().tolist()}
+
+    def decode(self, given: dict[str, Tensor], steps: int) -> dict[str, Any]:
+        began = time.perf_counter()
+        made = self.model.generate(**given, steps=steps)
+        return {"seconds": time.perf_counter() - began, "values": made.ids.flatten().tolist()}
+
+    def train(self, given: dict[str, Tensor]) -> dict[str, Any]:
+        """A step of delta tuning: AdamW on patch embedding, projector and visual FFNs, gradients clipped at 1."""
+        if self.optimizer is None:
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(name.startswith(("vision_model.", "mlp1.")) or ".feed_forward_ve." in name)
+            self.trained = [p for p in self.model.parameters() if p.requires_grad]
+            self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.01)
+            self.model.train()
+        given = dict(given)
+        labels = given.pop("labels")
+        began = time.perf_counter()
+        self.optimizer.zero_grad()
+        loss = loss_of(self.model(**given), labels)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        return {"seconds": time.perf_counter() - began, "values": [loss.item()]}
+
+
+def serve() -> None:
+    """Answers jobs, one line of JSON each, from standard input until it ends: {"folder", "image_id"}, then {"job", "inputs", "threads"}."""
+    start = json.loads(sys.stdin.readline())
+    jobs, inputs = Jobs(Path(start["folder"]), start["image_id"]), {}
+    for line in sys.stdin:
+        request = json.loads(line)
+        path = request.pop("inputs")
+        torch.set_num_threads(request.pop("threads"))
+        if path not in inputs:
+            with np.load(path) as file:
+                inputs[path] = {name: torch.from_numpy(file[name]) for name in file.files}
+        print(json.dumps(getattr(jobs, request.pop("job"))(inputs[path], **request)), flush=True)
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Check the twin against the cases; 0 when all pass, else 1."""
+    """Check the twin against the cases (0 when all pass, else 1), or serve a benchmark."""
     parser = argparse.ArgumentParser(prog="python -m experiments.benchmarks.torch_twin", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("cases", nargs="+", type=Path, metavar="CASE_DIR")
+    parser.add_argument("cases", nargs="*", type=Path, metavar="CASE_DIR")
     parser.add_argument("--float64", action="store_true", help="compute in float64")
+    parser.add_argument("--serve", action="store_true", help="answer the jobs of experiments.benchmarks.inference on standard input")
     given = parser.parse_args(arguments)
+    if given.serve:
+        serve()
+        return 0
+    if not given.cases:
+        parser.error("give at least one case folder")
     torch.set_num_threads(1)
     failed = 0
     for folder in given.cases:

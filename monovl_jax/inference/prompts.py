@@ -35,6 +35,45 @@ def bucket(n: int, smallest: int = 32) -> int:
     return size
 
 
+def slots_for(n: int, piece: int) -> int:
+    """Slots for n tokens: a bucket, or beyond a piece a whole number of pieces."""
+    return min(bucket(n), piece) if n <= piece else -(-n // piece) * piece
+
+
+def pieces(batch: dict[str, np.ndarray], size: int, tokens_per_tile: int) -> list[dict[str, np.ndarray]]:
+    """A batch cut into pieces of `size` slots (the first takes what is left over), each with the tiles that its slots show.
+
+    A tile on the border of two pieces goes to both. All pieces that show tiles have room for the same number of them.
+    """
+    t, v = batch["tokens"].shape[1], tokens_per_tile
+    if t <= size:
+        return [batch]
+    tiles = batch.get("tiles")
+    places = 0 if tiles is None else min(tiles.shape[1], size // v + 2)
+    cut = []
+    for stop in range(t % size or size, t + 1, size):
+        here = slice(max(0, stop - size), stop)
+        part = {k: x[:, here] for k, x in batch.items() if k not in ("tiles", "visual_slot", "visual_index")}
+        index = batch["visual_index"][:, here] if tiles is not None else np.full_like(part["tokens"], -1)
+        if tiles is not None and (index >= 0).any():
+            rows = len(index)
+            part |= {
+                "visual_index": np.full_like(index, -1),
+                "visual_slot": np.full((rows, places * v), -1, np.int32),
+                "tiles": np.zeros((rows, places, *tiles.shape[2:]), tiles.dtype),
+            }
+            for row in range(rows):
+                where = np.flatnonzero(index[row] >= 0)
+                if len(where):
+                    shown = index[row, where]
+                    first, last = shown[0] // v, shown[-1] // v + 1
+                    part["tiles"][row, : last - first] = tiles[row, first:last]
+                    part["visual_index"][row, where] = shown - first * v
+                    part["visual_slot"][row, shown - first * v] = where
+        cut.append(part)
+    return cut
+
+
 def prompt_batch(
     prompts: Sequence[Prompt], vision: VisionConfig, context_id: int, slots: int | None = None, tiles: int | None = None
 ) -> dict[str, np.ndarray]:

@@ -8,33 +8,58 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from monovl_jax.config import DecoderConfig
+from monovl_jax.model.attention import by_head, cached_attention
 from monovl_jax.model.layers import linear, rms_norm, swiglu
 from monovl_jax.model.ops import Ops
 from monovl_jax.model.rope import Table, apply_rope, rope_table
 from pallas_kernels import Routing
 
 Params = dict[str, Any]
+Layers = tuple[Params, ...]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys (rotated) and values of all layers, [L, B, S, kv_heads, head_dim]; segments int32[B, S] (0 = nothing there); length int32[]."""
+    """What earlier tokens left behind.
 
-    k: jax.Array
-    v: jax.Array
-    segments: jax.Array
-    length: jax.Array
+    k, v: rotated keys and values of all layers [L, B * kv_heads, S, head_dim], or a tuple of L arrays (`split`).
+    segments: int32[B, S], 0 where nothing is or where padding stands.
+    length: int32[], the slot that the next token takes.
+    """
+
+    k: Any
+    v: Any
+    segments: jax.Array | Any  # Any: JAX rebuilds pytrees with placeholders in place of arrays
+    length: jax.Array | Any
+
+    def split(self) -> KVCache:
+        """The same with one array per layer, as a decoder with `layers` takes it."""
+        return self if isinstance(self.k, tuple) else dataclasses.replace(self, k=tuple(self.k), v=tuple(self.v))
+
+    def stacked(self) -> KVCache:
+        """The same with all layers in one array."""
+        return dataclasses.replace(self, k=jnp.stack(self.k), v=jnp.stack(self.v)) if isinstance(self.k, tuple) else self
+
+    def resized(self, slots: int) -> KVCache:
+        """The same with room for `slots` tokens (no fewer than it has)."""
+
+        def pad(x: jax.Array) -> jax.Array:
+            return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, slots - x.shape[-2]), (0, 0)])
+
+        segments = jnp.pad(self.segments, ((0, 0), (0, slots - self.segments.shape[1])))
+        return KVCache(jax.tree.map(pad, self.k), jax.tree.map(pad, self.v), segments, self.length)
 
 
 def init_cache(config: DecoderConfig, batch: int, slots: int, dtype: Any) -> KVCache:
     """An empty cache of `slots` positions for `batch` rows."""
-    shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
+    shape = (config.num_layers, batch * config.num_kv_heads, slots, config.head_dim)
     return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch, slots), jnp.int32), jnp.zeros((), jnp.int32))
 
 
@@ -103,13 +128,16 @@ def attention_layer(
     table: Table,
     segments: Int[Array, "b t"],
     routing: Routing | None,
-    cache: tuple[jax.Array, jax.Array, jax.Array, jax.Array] | None,
+    cache: tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None] | None,
     config: DecoderConfig,
     ops: Ops,
-) -> tuple[Float[Array, "b t d"], tuple[jax.Array, jax.Array] | None]:
+) -> tuple[Float[Array, "b t d"], tuple[jax.Array, jax.Array]]:
     """One joint causal attention of both modalities (upstream modeling_internlm2_ve.py:355-470).
 
-    cache: (k [B, S, kv, e], v, segments [B, S] with this call's slots already marked, length) or None. Returns the updated (k, v).
+    cache: (k, v [B * kv, S, e], segments [B, S] with this call's slots already marked, length, None), or (k, v [L, B * kv, S, e] of all
+      layers, segments, length, number of this layer), or None.
+
+    Returns the output and (k, v): those of the cache with this call's at `length`, or without a cache this call's alone, [B * kv, T, e].
     """
     b, t, d = x.shape
     kv, g, e = config.num_kv_heads, config.queries_per_kv, config.head_dim
@@ -119,14 +147,23 @@ def attention_layer(
     q, k = apply_rope(qkv[..., :g, :], table), apply_rope(qkv[..., g, :], table)
     v = qkv[..., g + 1, :]
     if cache is None:
-        out, updated = ops.attention(q, k, v, segments, segments), None
+        out = ops.attention(q, k, v, segments)
+        k, v = by_head(k), by_head(v)
     else:
-        cached_k, cached_v, kv_segments, length = cache
-        k = jax.lax.dynamic_update_slice_in_dim(cached_k, k.astype(cached_k.dtype), length, axis=1)
-        v = jax.lax.dynamic_update_slice_in_dim(cached_v, v.astype(cached_v.dtype), length, axis=1)
-        out, updated = ops.attention(q, k.astype(q.dtype), v.astype(q.dtype), segments, kv_segments, length), (k, v)
+        old_k, old_v, kv_segments, length, layer = cache
+        k, v = _append(old_k, by_head(k), length, layer), _append(old_v, by_head(v), length, layer)
+        keys, values = (x.astype(q.dtype) if layer is None else x[layer].astype(q.dtype) for x in (k, v))
+        out = cached_attention(q, keys, values, segments, kv_segments, length)
     out = checkpoint_name(out.reshape(b, t, d), "attention")
-    return _expert_linear(out, text, visual, "out", routing, ops), updated
+    return _expert_linear(out, text, visual, "out", routing, ops), (k, v)
+
+
+def _append(old: jax.Array, new: jax.Array, length: jax.Array, layer: jax.Array | None) -> jax.Array:
+    """`new` [N, T, e] at slot `length` of one layer's cache, or of a layer of all; nothing else is written."""
+    new = new.astype(old.dtype)
+    if layer is None:
+        return jax.lax.dynamic_update_slice_in_dim(old, new, length, axis=1)
+    return jax.lax.dynamic_update_slice(old, new[None], (layer, 0, length, 0))
 
 
 def mlp_layer(p: Params, x: Float[Array, "b t d"], routing: Routing | None, ops: Ops) -> Float[Array, "b t d"]:
@@ -138,12 +175,26 @@ def mlp_layer(p: Params, x: Float[Array, "b t d"], routing: Routing | None, ops:
 
 
 def block(p: Params, h: Float[Array, "b t d"], table, segments, routing, cache, config: DecoderConfig, ops: Ops) -> tuple[jax.Array, Any]:
-    """h + attention(norm(h)), then h + mlp(norm(h))."""
+    """h + attention(norm(h)), then h + mlp(norm(h)); and what `attention_layer` gives to keep."""
     x = rms_norm(h, p["attention_norm"], config.rms_norm_eps)
-    a, updated = attention_layer(p["attention"], x, table, segments, routing, cache, config, ops)
+    a, kept = attention_layer(p["attention"], x, table, segments, routing, cache, config, ops)
     h = ops.constrain(h + a, "tokens")
     h = h + mlp_layer(p["mlp"], rms_norm(h, p["ffn_norm"], config.rms_norm_eps), routing, ops)
-    return ops.constrain(h, "tokens"), updated
+    return ops.constrain(h, "tokens"), kept
+
+
+def split_layers(blocks: Params) -> Layers:
+    """The text experts and the norms of each layer by itself, from the stacked parameters of `Blocks`: all that decoding needs.
+
+    On a CPU the pieces share the memory of the stack where the backend allows it; elsewhere they are copies.
+    """
+    text = {
+        name: {"text": {k: v for k, v in part["text"].items() if v is not None}} if isinstance(part, dict) else part
+        for name, part in blocks.items()
+    }
+    count = len(jax.tree.leaves(text)[0])
+    whole = jax.tree.map(np.asarray, text)
+    return tuple(jax.tree.map(lambda leaf: jax.device_put(leaf[layer]), whole) for layer in range(count))  # noqa: B023
 
 
 def with_remat(f, ops: Ops):
@@ -172,8 +223,9 @@ class Decoder(nnx.Module):
         segments: Int[Array, "b t"],
         routing: Routing | None,
         ops: Ops,
-        cache: KVCache | None = None,
+        cache: KVCache | int | None = None,
         key_length: int | jax.Array | None = None,
+        layers: Layers | None = None,
     ) -> tuple[Float[Array, "b t d"], KVCache | None]:
         """Embedded tokens to final, normed hidden states.
 
@@ -182,29 +234,47 @@ class Decoder(nnx.Module):
           positions: float32, restarting at 0 in each packed sample.
           segments: packed sample number, 0 for padding.
           routing: which expert serves which token; None sends every token to the text expert.
-          cache: keys and values of earlier calls; this call's tokens are appended at `cache.length`.
+          cache: keys and values of earlier calls; this call's tokens are appended at `cache.length`. A number makes a new cache of so many
+            slots, with this call's tokens first.
           key_length: what dynamic NTK takes as the length; by default all slots so far, padding included.
+          layers: the parameters of each layer by itself (`split_layers`), with a split cache: the layers are written out one after
+            another instead of scanned. On a CPU, where a scan copies every layer's weights before it uses them, decoding is several
+            times as fast; the program grows with depth.
         """
         config, t = self.config, h.shape[1]
-        if key_length is None:
-            key_length = t if cache is None else cache.length + t
-        table = rope_table(positions, config.head_dim, config.rope, config.max_position_embeddings, key_length)
-        params = nnx.to_pure_dict(nnx.state(self.blocks))
+        so_far = cache.length + t if isinstance(cache, KVCache) else t
+        table = rope_table(
+            positions, config.head_dim, config.rope, config.max_position_embeddings, so_far if key_length is None else key_length
+        )
         run = functools.partial(block, config=config, ops=ops)
-        if cache is None:
-            layer = with_remat(lambda p, h: run(p, h, table, segments, routing, None)[0], ops)
-            h, _ = jax.lax.scan(lambda h, p: (layer(p, h), None), h, params)
-        else:
+        if isinstance(cache, KVCache):
             start = cache.length
             marked = jax.lax.dynamic_update_slice_in_dim(cache.segments, segments.astype(jnp.int32), start, axis=1)
+            if layers is not None:
+                kept = []
+                for p, k, v in zip(layers, cache.k, cache.v, strict=True):
+                    h, own = run(p, h, table, segments, routing, (k, v, marked, start, None))
+                    kept.append(own)
+                k, v = zip(*kept, strict=True)
+            else:
 
-            def step(h, xs):
-                p, k, v = xs
-                return run(p, h, table, segments, routing, (k, v, marked, start))
+                def step(carry, xs):
+                    (h, k, v), (p, layer) = carry, xs
+                    h, (k, v) = run(p, h, table, segments, routing, (k, v, marked, start, layer))
+                    return (h, k, v), None
 
-            h, (k, v) = jax.lax.scan(step, h, (params, cache.k, cache.v))
+                (h, k, v), _ = jax.lax.scan(step, (h, cache.k, cache.v), (self._stacked(), jnp.arange(config.num_layers)))
             cache = KVCache(k, v, marked, start + t)
+        elif cache is not None:
+            h, (k, v) = jax.lax.scan(lambda h, p: run(p, h, table, segments, routing, None), h, self._stacked())
+            cache = KVCache(k, v, segments.astype(jnp.int32), jnp.int32(t)).resized(cache)
+        else:
+            layer = with_remat(lambda p, h: run(p, h, table, segments, routing, None)[0], ops)
+            h, _ = jax.lax.scan(lambda h, p: (layer(p, h), None), h, self._stacked())
         return rms_norm(h, self.norm[...], config.rms_norm_eps), cache
+
+    def _stacked(self) -> Params:
+        return nnx.to_pure_dict(nnx.state(self.blocks))
 
     def head_kernel(self) -> Float[Array, "d v"]:
         """The output projection [D, Vp]; the transposed embedding when tied."""

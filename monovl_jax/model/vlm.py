@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Num
 
 from monovl_jax.config import ModelConfig
-from monovl_jax.model.decoder import Decoder, KVCache, with_remat
+from monovl_jax.model.decoder import Decoder, KVCache, Layers, with_remat
 from monovl_jax.model.ops import Ops
 from monovl_jax.model.patch_embed import PatchEmbed
 from monovl_jax.model.projector import Projector
@@ -88,16 +88,21 @@ class VLM(nnx.Module):
         return ops.make_routing(expert)
 
     def __call__(
-        self, batch: dict[str, jax.Array], ops: Ops, cache: KVCache | None = None, key_length: int | jax.Array | None = None
+        self,
+        batch: dict[str, jax.Array],
+        ops: Ops,
+        cache: KVCache | int | None = None,
+        key_length: int | jax.Array | None = None,
+        layers: Layers | None = None,
     ) -> tuple[Float[Array, "b t d"], KVCache | None]:
-        """A batch (docs/batch.md) to final hidden states [B, T, D], and the grown cache when one is given.
+        """A batch (docs/batch.md) to final hidden states [B, T, D], and the grown cache when one is given or asked for.
 
         Needs tokens, positions and segment_ids. `tiles`, `visual_index`, `visual_slot` come together or not at all. Without `token_types`
-        every token is text and the routed layers are plain ones.
+        every token is text and the routed layers are plain ones. `cache`, `key_length` and `layers` are those of `Decoder`.
         """
         h = self.embed(batch["tokens"], batch.get("tiles"), batch.get("visual_index"), batch.get("visual_slot"), ops)
         routing = self.route(batch["token_types"], ops) if "token_types" in batch else None
-        return self.decoder(h, batch["positions"], batch["segment_ids"], routing, ops, cache, key_length)
+        return self.decoder(h, batch["positions"], batch["segment_ids"], routing, ops, cache, key_length, layers)
 
     def logits(self, hidden: Float[Array, "*b d"], ops: Ops) -> Float[Array, "*b v"]:
         """float32 logits over the padded vocabulary (padding columns -1e30)."""

@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from monovl_jax.config import RopeConfig
-from monovl_jax.inference import generate
 from monovl_jax.inference.generate import Generated, Generator, abstract_model
-from monovl_jax.inference.prompts import Prompt, bucket, prompt_batch
+from monovl_jax.inference.prompts import Prompt, bucket, pieces, prompt_batch, slots_for
+from monovl_jax.inference.sampling import Sampling
+from tests.inference.helpers import CONFIG, CONTEXT, NEVER, PAD, QUICK, SIDE, VISION, V, generator, prompt, quick
 from tests.model.helpers import REFERENCE, pack, random_params, runner, tiny_with
-from tests.quick import quick_jit
 
-CONFIG = tiny_with("ffn+attention")
-VISION = CONFIG.vision
-CONTEXT, PAD = 299, 7
-V, SIDE = VISION.tokens_per_tile, VISION.tile_size
-greedy = quick_jit(generate.greedy.__wrapped__, static_argnames=("graphdef", "ops", "max_new_tokens", "keep_scores"))
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate, "greedy", greedy)
-
-
-def prompt(length: int, tiles: int, seed: int) -> Prompt:
-    """Visual slots from place 1 on."""
-    rng = np.random.default_rng(seed)
-    ids = rng.integers(0, 290, length).astype(np.int32)
-    ids[1 : 1 + tiles * V] = CONTEXT
-    return Prompt(ids, rng.integers(0, 256, (tiles, SIDE, SIDE, 3), dtype=np.uint8) if tiles else None)
+__all__ = ["quick"]  # a fixture
+greedy = QUICK["greedy"]
 
 
 PROMPTS = [prompt(7, 1, 0), prompt(12, 2, 1), prompt(3, 0, 2)]
@@ -113,20 +100,69 @@ def test_padding_does_not_count_for_the_rotary_base() -> None:
 
 
 def test_the_generator(together: np.ndarray) -> None:
+    """Its decoding writes the layers out one by one, that of `greedy` scans them."""
     stop = int(together[0, 2])
-    generator = Generator(CONFIG, random_params(CONFIG), REFERENCE, CONTEXT, [stop, 12345, 12346], PAD)
-    out = generator(PROMPTS, NEW, slots=SLOTS, tiles=2)
+    made = generator(stop)
+    assert made.layers is not None
+    out = made(PROMPTS, NEW, slots=SLOTS, tiles=2)
     assert len(out) == 3
     for row, ids in enumerate(out):
         hits = np.flatnonzero(together[row] == stop)
         np.testing.assert_array_equal(ids, together[row, : hits[0] if len(hits) else NEW], "without the stop id")
 
 
+def test_a_generator_that_scans_gives_the_same(together: np.ndarray) -> None:
+    scanning = Generator(CONFIG, random_params(CONFIG), REFERENCE, CONTEXT, [NEVER] * 3, PAD)
+    scanning.layers = None  # as on an accelerator
+    np.testing.assert_array_equal(scanning(PROMPTS, NEW, slots=SLOTS, tiles=2), together)
+
+
 def test_the_generator_cuts_to_the_number_asked_for(together: np.ndarray) -> None:
-    generator = Generator(CONFIG, random_params(CONFIG), REFERENCE, CONTEXT, [12345, 12346, 12347], PAD)
     for n in (1, 4):
-        for row, ids in enumerate(generator(PROMPTS, n, slots=SLOTS, tiles=2)):
+        for row, ids in enumerate(generator()(PROMPTS, n, slots=SLOTS, tiles=2)):
             np.testing.assert_array_equal(ids, together[row, :n])
+    with pytest.raises(ValueError, match="max_new_tokens is 0"):
+        generator()(PROMPTS, 0)
+
+
+def test_long_prompts_in_pieces(together: np.ndarray) -> None:
+    """Pieces of 6 slots cut through tiles; the first holds padding alone in some rows."""
+    made = Generator(CONFIG, random_params(CONFIG), REFERENCE, CONTEXT, [NEVER] * 3, PAD, piece=6)
+    np.testing.assert_array_equal(made(PROMPTS, NEW), together)
+
+
+def test_weights_are_cast_once() -> None:
+    made = Generator(CONFIG, random_params(CONFIG), dataclasses.replace(REFERENCE, dtype=jnp.bfloat16), CONTEXT, [NEVER], PAD)
+    assert {leaf.dtype for leaf in jax.tree.leaves((made.params["decoder"], made.layers))} == {jnp.dtype(jnp.bfloat16)}
+    assert made.params["vision"]["kernel"].dtype == np.float32, "the position table is interpolated in float32"
+
+
+def test_split_layers_share_the_memory_of_the_stack() -> None:
+    made = generator()
+    whole, parts = made.params["decoder"]["blocks"]["mlp"]["text"]["gate"], [p["mlp"]["text"]["gate"] for p in made.layers]
+    first, size = whole.unsafe_buffer_pointer(), whole.nbytes // len(parts)
+    assert [p.unsafe_buffer_pointer() - first for p in parts] == [i * size for i in range(len(parts))]
+
+
+# ---- sampling in a batch
+
+HOT = Sampling(temperature=2.0, top_k=50, top_p=0.95, repetition_penalty=1.2, seed=3)
+
+
+def test_a_sampled_row_does_not_depend_on_its_neighbours() -> None:
+    made = generator()
+    together = made(PROMPTS, NEW, slots=SLOTS, tiles=2, sampling=HOT)
+    for row in (0, 2):
+        (alone,) = made([PROMPTS[row]], NEW, slots=SLOTS, tiles=2, sampling=HOT, draws=[row])
+        np.testing.assert_array_equal(alone, together[row])
+    twice = made([PROMPTS[0]] * 3, NEW, slots=SLOTS, tiles=2, sampling=HOT, draws=[5, 5, 6])
+    np.testing.assert_array_equal(twice[0], twice[1])
+    assert not np.array_equal(twice[0], twice[2])
+
+
+def test_a_large_penalty_lets_no_token_come_twice() -> None:
+    made = generator()(PROMPTS, NEW, slots=SLOTS, tiles=2, sampling=Sampling(repetition_penalty=1e6))
+    assert all(len({*ids.tolist()}) == NEW for ids in made)
 
 
 # ---- prompts
@@ -163,6 +199,29 @@ def test_visual_slots_and_their_inverse() -> None:
         np.testing.assert_array_equal(index[slot[:count]], np.arange(count))
         assert (slot[count:] == -1).all() and (batch["token_types"][row][slot[:count]] == 1).all()
         np.testing.assert_array_equal(batch["tiles"][row, : count // V], p.tiles if p.tiles is not None else np.zeros((0, SIDE, SIDE, 3)))
+
+
+def test_slots_of_long_prompts_are_whole_pieces() -> None:
+    assert [slots_for(n, 64) for n in (1, 33, 64, 65, 128, 129)] == [32, 48, 64, 128, 128, 192]
+    assert slots_for(5, 8) == 8, "never more than a piece"
+
+
+def test_pieces_put_together_are_the_batch() -> None:
+    batch = prompt_batch(PROMPTS, VISION, CONTEXT, slots=13, tiles=2)
+    cut = pieces(batch, 5, V)
+    assert [p["tokens"].shape[1] for p in cut] == [3, 5, 5] and pieces(batch, 13, V) == [batch]
+    for name in ("tokens", "token_types", "positions", "segment_ids"):
+        np.testing.assert_array_equal(np.concatenate([p[name] for p in cut], axis=1), batch[name])
+    start = 0
+    for part in cut:
+        width = part["tokens"].shape[1]
+        for row, slot in np.argwhere(batch["visual_index"][:, start : start + width] >= 0):
+            whole, own = batch["visual_index"][row, start + slot], part["visual_index"][row, slot]
+            assert own % V == whole % V and part["visual_slot"][row, own] == slot
+            np.testing.assert_array_equal(part["tiles"][row, own // V], batch["tiles"][row, whole // V])
+        start += width
+    assert sum((p["visual_slot"] >= 0).sum() for p in cut) == 3 * V
+    assert ["tiles" in p for p in pieces(batch, 3, V)] == [False, True, True, True, True], "none where none are shown"
 
 
 @pytest.mark.parametrize(

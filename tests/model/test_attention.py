@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from monovl_jax.model.attention import packed_causal_attention
+from monovl_jax.model.attention import by_head, cached_attention, packed_causal_attention
 from tests.quick import quick_jit
 
-attend = quick_jit(packed_causal_attention)
+attend, cached = quick_jit(packed_causal_attention), quick_jit(cached_attention)
 KV, GROUP, WIDTH = 2, 3, 4
 
 
@@ -34,35 +34,44 @@ SEGMENTS = np.array([[1, 1, 1, 2, 2, 3, 0, 0], [0, 0, 1, 1, 1, 1, 1, 1]], np.int
 
 def test_against_loops() -> None:
     q, k, v = qkv(2, 8)
-    got, want = np.asarray(attend(q, k, v, SEGMENTS, SEGMENTS)), by_loops(q, k, v, SEGMENTS)
+    got, want = np.asarray(attend(q, k, v, SEGMENTS)), by_loops(q, k, v, SEGMENTS)
     valid = SEGMENTS > 0
     np.testing.assert_allclose(got[valid], want[valid], atol=1e-5)
     assert np.isfinite(got).all(), "padding rows hold finite values"
 
 
+@pytest.mark.parametrize("t", [64, 65, 150])
+def test_more_queries_than_fit_one_piece(t: int) -> None:
+    q, k, v = qkv(1, t)
+    segments = np.where(np.arange(t) < 100, 1, 2)[None].astype(np.int32)
+    np.testing.assert_allclose(attend(q, k, v, segments), by_loops(q, k, v, segments), atol=1e-5)
+
+
 def test_packed_samples_equal_separate_runs() -> None:
     q, k, v = qkv(1, 8)
-    packed = np.asarray(attend(q, k, v, SEGMENTS[:1], SEGMENTS[:1]))
+    packed = np.asarray(attend(q, k, v, SEGMENTS[:1]))
     for a, b in ((0, 3), (3, 5)):
         ones = np.ones((1, b - a), np.int32)
-        alone = attend(q[:, a:b], k[:, a:b], v[:, a:b], ones, ones)
+        alone = attend(q[:, a:b], k[:, a:b], v[:, a:b], ones)
         np.testing.assert_allclose(packed[:, a:b], alone, atol=1e-6)
 
 
 def test_a_segment_number_may_come_again_only_in_its_own_row() -> None:
     q, k, v = qkv(2, 8)
-    both = np.asarray(attend(q, k, v, SEGMENTS, SEGMENTS))
+    both = np.asarray(attend(q, k, v, SEGMENTS))
     k[1], v[1] = 7, 7
-    np.testing.assert_array_equal(attend(q, k, v, SEGMENTS, SEGMENTS)[0], both[0])
+    np.testing.assert_array_equal(attend(q, k, v, SEGMENTS)[0], both[0])
 
 
 @pytest.mark.parametrize("start", [0, 3, 6])
 def test_later_queries_against_earlier_keys(start: int) -> None:
     """Decode: queries from slot `start` on against all keys, of which the later ones are not there yet."""
     q, k, v = qkv(2, 8)
-    whole = np.asarray(attend(q, k, v, SEGMENTS, SEGMENTS))
+    whole = np.asarray(attend(q, k, v, SEGMENTS))
     kv_segments = np.where(np.arange(8) < start + 2, SEGMENTS, 0)
-    part = np.asarray(attend(q[:, start : start + 2], k, v, SEGMENTS[:, start : start + 2], kv_segments, jnp.int32(start)))
+    keys, values = (np.asarray(by_head(jnp.asarray(a))) for a in (k, v))
+    own = SEGMENTS[:, start : start + 2]
+    part = np.asarray(cached(q[:, start : start + 2], keys, values, own, kv_segments, jnp.int32(start)))
     valid = SEGMENTS[:, start : start + 2] > 0
     np.testing.assert_allclose(part[valid], whole[:, start : start + 2][valid], atol=1e-6)
 
@@ -72,7 +81,7 @@ def test_gradients_are_finite_and_padding_gets_none() -> None:
     valid = (SEGMENTS > 0)[..., None, None, None]
 
     def loss(q, k, v):
-        return jnp.sum(jnp.where(valid, packed_causal_attention(q, k, v, jnp.asarray(SEGMENTS), jnp.asarray(SEGMENTS)), 0) ** 2)
+        return jnp.sum(jnp.where(valid, packed_causal_attention(q, k, v, jnp.asarray(SEGMENTS)), 0) ** 2)
 
     for gradient in quick_jit(jax.grad(loss, (0, 1, 2)))(q, k, v):
         assert np.isfinite(gradient).all() and not np.any(np.asarray(gradient)[SEGMENTS == 0])
@@ -80,7 +89,7 @@ def test_gradients_are_finite_and_padding_gets_none() -> None:
 
 def test_bfloat16_scores_in_float32() -> None:
     q, k, v = qkv(2, 8, dtype=jnp.bfloat16)
-    got = attend(q, k, v, SEGMENTS, SEGMENTS)
+    got = attend(q, k, v, SEGMENTS)
     assert got.dtype == jnp.bfloat16
     want, valid = by_loops(*(np.asarray(a, np.float64) for a in (q, k, v)), SEGMENTS), SEGMENTS > 0
     np.testing.assert_allclose(np.asarray(got, np.float64)[valid], want[valid], atol=3e-2)
@@ -88,5 +97,5 @@ def test_bfloat16_scores_in_float32() -> None:
 
 def test_large_scores_do_not_overflow() -> None:
     q, k, v = qkv(2, 8)
-    got = np.asarray(attend(q * 1e4, k * 1e4, v, SEGMENTS, SEGMENTS))
+    got = np.asarray(attend(q * 1e4, k * 1e4, v, SEGMENTS))
     assert np.isfinite(got).all()

@@ -1,0 +1,116 @@
+"""A file of prompts: what is written, what is refused, and going on after a stop."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from monovl_jax.data.errors import SampleError
+from monovl_jax.inference.batch import BatchError, Summary, answer_file, finished_ids, parse_job
+from monovl_jax.inference.sampling import Sampling
+from tests.data.helpers import save_picture
+from tests.inference.helpers import quick, small_model
+
+__all__ = ["quick"]  # a fixture
+NEW = 4
+ENTRIES: list[dict[str, Any]] = [
+    {"prompt": "one"},
+    {"prompt": "look", "image": "a.png", "id": "p"},
+    {"prompt": "three " * 8},
+    {"prompt": "both", "images": ["a.png", "sub/b.png"]},
+    {"prompt": "five", "id": 50},
+]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    save_picture(tmp_path / "a.png", (32, 32))
+    save_picture(tmp_path / "sub" / "b.png", (64, 32))
+    path = tmp_path / "in.jsonl"
+    path.write_text("\n".join(map(json.dumps, ENTRIES)) + "\n\n")
+    return path
+
+
+def run(source: Path, name: str = "out.jsonl", **options: Any) -> tuple[Summary, dict[Any, str], list[str]]:
+    said: list[str] = []
+    target = source.parent / name
+    summary = answer_file(small_model(), small_model().generator, source, target, max_new_tokens=NEW, report=said.append, **options)
+    lines = [json.loads(line) for line in target.read_text().splitlines()]
+    assert len({line["id"] for line in lines}) == len(lines)
+    return summary, {line["id"]: line["answer"] for line in lines}, said
+
+
+def alone(entry: dict[str, Any], folder: Path) -> str:
+    model = small_model()
+    images = [folder / i for i in entry.get("images", [entry["image"]] if "image" in entry else [])]
+    (ids,) = model.generator([model.prompt(entry["prompt"], images)], NEW)
+    return model.tokenizer.decode(ids).strip()
+
+
+def test_every_line_is_answered_as_alone(source: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    summary, answers, said = run(source, batch_size=2, progress=lambda done, total: seen.append((done, total)))
+    assert summary == Summary(answered=5) and not said
+    assert answers == {name: alone(e, source.parent) for name, e in zip((1, "p", 3, 4, 50), ENTRIES, strict=True)}
+    assert seen[-1] == (5, 5) and [d for d, _ in seen] == sorted(d for d, _ in seen)
+
+
+def test_going_on_after_a_stop(source: Path) -> None:
+    """The file of a run that was killed in the middle of a line."""
+    _, whole, _ = run(source, "whole.jsonl")
+    lines = (source.parent / "whole.jsonl").read_text().splitlines(keepends=True)
+    (source.parent / "out.jsonl").write_text(lines[0] + lines[1] + lines[2][:-9])
+    summary, answers, _ = run(source)
+    assert summary == Summary(answered=3, skipped=2) and answers == whole
+    assert run(source)[0] == Summary(skipped=5)
+
+
+def test_random_draws_do_not_depend_on_the_batch(source: Path) -> None:
+    hot = Sampling(temperature=3.0, seed=5)
+    first, second = (run(source, f"{n}.jsonl", batch_size=n, sampling=hot)[1] for n in (1, 4))
+    assert first == second != run(source, "greedy.jsonl")[1]
+
+
+def test_bad_lines_are_counted_and_the_rest_is_answered(source: Path) -> None:
+    bad = ['{"prompt": 1}', "{", '{"prompt": "x", "image": "missing.png"}', '{"prompt": "x", "id": 50}', json.dumps({"prompt": "x" * 600})]
+    with open(source, "a") as file:
+        file.write("\n".join(bad))
+    summary, answers, said = run(source)
+    assert summary == Summary(answered=5, bad=5) and len(answers) == 5
+    for line, words in zip(
+        said, ('no text "prompt"', "not valid JSON", "does not exist", "repeats the id 50", "more than the model's 512"), strict=True
+    ):
+        assert words in line and f"{source}, line " in line
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", 'no text "prompt"'),
+        ('{"prompt": "  "}', 'no text "prompt"'),
+        ('{"prompt": "x", "id": 1.5}', "id 1.5"),
+        ('{"prompt": "x", "id": true}', "id True"),
+        ('{"prompt": "x", "image": 3}', "names its images wrongly"),
+        ('{"prompt": "x", "image": "a", "images": []}', "names its images wrongly"),
+        ('{"prompt": "x", "images": [3]}', "names its images wrongly"),
+        ('{"prompt": "x", "image": "/etc/passwd"}', "absolute"),
+        ('{"prompt": "x", "image": "../a.png"}', r"contains '\.\.'"),
+    ],
+)
+def test_lines_that_are_refused(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(SampleError, match=message):
+        parse_job(text, 1, tmp_path)
+
+
+def test_an_output_of_something_else_is_left_alone(source: Path) -> None:
+    target = source.parent / "out.jsonl"
+    target.write_text('{"id": 1}\nhello\n{"id": 2}\n')
+    with pytest.raises(BatchError, match="line 2: not a line of answers"):
+        run(source)
+    assert target.read_text() == '{"id": 1}\nhello\n{"id": 2}\n'
+    with pytest.raises(BatchError, match="cannot be used"):
+        run(source.parent / "missing.jsonl")
+    assert finished_ids(source.parent / "new") == set()
