@@ -51,7 +51,7 @@ def main(cases: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None)
         same = sum(e["same_argmax"] * len(got) for e, (got, _) in zip(each, found, strict=True)) / places
         result[dtype] = {**worst, "same_argmax": same, "places": places}
         print(
-            f"{dtype:9s} worst case of {len(each)}: largest difference {worst['largest']:.1e} of the logits' spread, rms {worst['rms']:.1e}, "
+            f"{dtype:9s} worst case of {len(each)}: largest {worst['largest']:.1e} of the logits' spread, rms {worst['rms']:.1e}, "
             f"KL {worst['kl']:.1e}; likeliest token the same at {same:.1%} of {places} places"
         )
     if out is not None:
