@@ -17,8 +17,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.device import tpu_generation
+
 BLOCKS = 16
 """A row count is rounded up to a sixteenth of the token count: two experts then waste less than an eighth of it."""
+
+TPU_ROWS = 128
+"""On a TPU a block is also a multiple of this many rows, so that row tiles of the kernels divide it."""
 
 SMALL = 64
 """Below this many tokens sorting costs more than computing every expert on all of them (decode steps)."""
@@ -33,12 +38,14 @@ class Routing:
     source: int32[S], the token in each slot; N where the slot is empty. S = (BLOCKS + num_experts) * block_rows.
     slot:   int32[N], the slot of each token; S where it has none.
     blocks: int32[num_experts], how many blocks each expert owns.
+    counts: int32[num_experts], how many tokens each expert owns.
     """
 
     expert: jax.Array | Any  # Any: JAX rebuilds pytrees with placeholders in place of arrays
     source: jax.Array | Any
     slot: jax.Array | Any
     blocks: jax.Array | Any
+    counts: jax.Array | Any
     num_experts: int = dataclasses.field(metadata={"static": True})
 
     @property
@@ -46,30 +53,36 @@ class Routing:
         return self.source.shape[0] // (BLOCKS + self.num_experts)
 
 
-def make_routing(expert: jax.Array, num_experts: int = 2) -> Routing:
+def make_routing(expert: jax.Array, num_experts: int = 2, row_multiple: int | None = None) -> Routing:
     """Sorts tokens by expert.
 
     Args:
       expert: integer array of any shape, the expert of each token in [0, num_experts), or -1 for none. It is flattened.
       num_experts: static.
+      row_multiple: static; the rows of a block are a multiple of it. None takes TPU_ROWS on a TPU and 1 elsewhere.
 
-    Raises ValueError for an empty or non-integer array.
+    Raises ValueError for an empty or non-integer array, and for a row multiple below 1.
     """
+    if row_multiple is None:
+        row_multiple = TPU_ROWS if tpu_generation() else 1
+    if row_multiple < 1:
+        raise ValueError(f"make_routing: row_multiple is {row_multiple}; give at least 1")
     if not jnp.issubdtype(expert.dtype, jnp.integer):
         raise ValueError(f"make_routing: expert ids have dtype {expert.dtype}; give integers")
     if expert.size == 0:
         raise ValueError(f"make_routing: no tokens (shape {expert.shape}); give at least one")
     expert = expert.reshape(-1).astype(jnp.int32)
     tokens = expert.shape[0]
-    rows = -(-tokens // BLOCKS)
+    rows = -(-tokens // (BLOCKS * row_multiple)) * row_multiple
     slots = (BLOCKS + num_experts) * rows
 
     slot = jnp.full_like(expert, slots)
-    blocks, start = [], jnp.int32(0)
+    blocks, counts, start = [], [], jnp.int32(0)
     for e in range(num_experts):
         mine = expert == e
         slot = jnp.where(mine, start * rows + jnp.cumsum(mine, dtype=jnp.int32) - 1, slot)
-        blocks.append((jnp.sum(mine, dtype=jnp.int32) + rows - 1) // rows)
+        counts.append(jnp.sum(mine, dtype=jnp.int32))
+        blocks.append((counts[-1] + rows - 1) // rows)
         start = start + blocks[-1]
     source = jnp.full((slots,), tokens, jnp.int32).at[slot].set(jnp.arange(tokens, dtype=jnp.int32), mode="drop")
-    return Routing(expert, source, slot, jnp.stack(blocks), num_experts)
+    return Routing(expert, source, slot, jnp.stack(blocks), jnp.stack(counts), num_experts)

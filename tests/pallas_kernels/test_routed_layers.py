@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 
 from pallas_kernels import make_routing, routed_linear, routed_swiglu
 from pallas_kernels.routing import SMALL
+from tests.pallas_kernels.helpers import LAYERS, TOLERANCE, close, make_inputs, masks, same, stack
 from tests.quick import compiler_options, quick_jit
 
-TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
-LAYERS = ("linear", "swiglu")
 IMPLEMENTATIONS = ("reference", "xla")
 SHAPES = ((1, 1, 1), (33, 5, 7), (100, 8, 12))
 """(tokens, width in, width inside or out); the last is the one most tests share."""
@@ -55,41 +54,7 @@ def compiled(kind: str, implementation: str):
     return quick_jit(run)
 
 
-def make_inputs(kind: str, shape: tuple[int, int, int], dtype: str = "float32", seed: int = 0, bias: bool = True):
-    """x, weights of both experts (float32, as masters are) and dy."""
-    (t, d, f), rng = shape, np.random.default_rng(seed)
-
-    def array(*shape: int) -> np.ndarray:
-        return (rng.normal(size=shape) * shape[0] ** -0.5).astype(np.float32)
-
-    one = (lambda: (array(d, f), array(f) if bias else None)) if kind == "linear" else (lambda: (array(d, f), array(d, f), array(f, d)))
-    x, dy = (rng.normal(size=(t, width)).astype(jnp.dtype(dtype)) for width in (d, f if kind == "linear" else d))
-    return x, (one(), one()), dy
-
-
-def close(got: Any, want: Any, relative: float) -> None:
-    """Every leaf to `relative` of its largest element."""
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert a.dtype == b.dtype and a.shape == b.shape
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        np.testing.assert_allclose(a, b, rtol=0, atol=relative * max(1e-3, np.abs(b).max(initial=0)))
-
-
-def same(got: Any, want: Any) -> None:
-    jax.tree.map(np.testing.assert_array_equal, got, want)
-
-
-MASKS = {
-    "random": np.random.default_rng(1).integers(-1, 2, BIG[0]),
-    "all_text": np.zeros(BIG[0]),
-    "all_visual": np.ones(BIG[0]),
-    "all_padding": np.full(BIG[0], -1),
-    "alternating": np.arange(BIG[0]) % 2,
-    "one_visual_token": np.arange(BIG[0]) == 41,
-    "one_token_in_padding": np.where(np.arange(BIG[0]) == 99, 1, -1),
-    "image_first_then_padding": np.repeat([1, 0, -1], [49, 42, 9]),
-}
+MASKS = masks(BIG[0])
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -197,10 +162,6 @@ def test_bad_rows_of_one_expert_stay_with_it(kind: str) -> None:
 
 
 # ---- under transformations -----------------------------------------------------------------------------------------------------------
-
-
-def stack(*trees: Any) -> Any:
-    return jax.tree.map(lambda *a: np.stack(a), *trees)
 
 
 def deep(kind: str, implementation: str | None, remat: bool, policy: Any = None):
