@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels import ragged, reference, tpu, vjp
 from pallas_kernels.device import device_kind, tpu_generation
@@ -16,8 +17,13 @@ Implementation = Literal["reference", "xla", "ragged", "pallas_tpu"]
 IMPLEMENTATIONS = ("reference", "xla", "ragged", "pallas_tpu")
 
 
-def _check(x: jax.Array, routing: Routing | None, expert: int | None, num_experts: int, name: str) -> None:
-    tokens = x.size // x.shape[-1] if x.size else 0
+def _check(x: jax.Array, routing: Routing | None, expert: int | None, num_experts: int, name: str, weights: Any) -> None:
+    kinds = {a.dtype.name for a in jax.tree.leaves((x, weights))}
+    if not all(jnp.issubdtype(kind, jnp.floating) for kind in kinds):
+        raise ValueError(f"{name}: x and the weights have dtypes {', '.join(sorted(kinds))}; they must be real floating-point numbers")
+    if x.ndim < 2 or not x.size:
+        raise ValueError(f"{name}: x has shape {x.shape}; give at least one token, [tokens, width]")
+    tokens = x.size // x.shape[-1]
     if routing is None:
         if expert is None or not 0 <= expert < num_experts:
             raise ValueError(f"{name}: routing is None and expert is {expert}; name the one expert of all tokens, 0 to {num_experts - 1}")
@@ -28,6 +34,17 @@ def _check(x: jax.Array, routing: Routing | None, expert: int | None, num_expert
         raise ValueError(f"{name}: x has shape {x.shape}, {tokens} tokens, but the routing was made for {routing.expert.shape[0]}")
     if num_experts != routing.num_experts:
         raise ValueError(f"{name}: {num_experts} experts were given, but the routing was made for {routing.num_experts}")
+
+
+def _check_each(
+    name: str, what: str, given: Sequence[Sequence[jax.Array | None]] | None, num_experts: int, shapes: Sequence[tuple]
+) -> None:
+    """One entry per expert, each of these shapes or None."""
+    if given is None:
+        return
+    found = [[None if a is None else a.shape for a in of_expert] for of_expert in given]
+    if len(found) != num_experts or any(len(f) != len(shapes) or any(g not in (None, s) for g, s in zip(f, shapes)) for f in found):
+        raise ValueError(f"{name}: {what} have shapes {found}; expected {list(shapes)} or None for each of {num_experts} experts")
 
 
 def _choose(implementation: Implementation | None, x: jax.Array, widths: tuple[int, ...], routing: Routing, interpret: Any, name: str):
@@ -68,7 +85,7 @@ def routed_linear(
 
     Returns [..., M] in the dtype of x. Raises ValueError when shapes disagree, or the chosen implementation cannot run.
     """
-    _check(x, routing, expert, len(kernels), "routed_linear")
+    _check(x, routing, expert, len(kernels), "routed_linear", (kernels, biases))
     shapes = {k.shape for k in kernels}
     if len(shapes) != 1 or kernels[0].shape[0] != x.shape[-1]:
         raise ValueError(f"routed_linear: kernels have shapes {[k.shape for k in kernels]}; all must be [{x.shape[-1]}, M]")
@@ -95,6 +112,8 @@ def routed_swiglu(
     routing: Routing | None,
     implementation: Implementation | None = None,
     *,
+    biases: Sequence[tuple[jax.Array | None, jax.Array | None, jax.Array | None]] | None = None,
+    token_gates: Sequence[tuple[jax.Array, jax.Array | None]] | None = None,
     expert: int | None = None,
     interpret: Any = False,
 ) -> jax.Array:
@@ -105,23 +124,41 @@ def routed_swiglu(
       experts: (gate [D, F], up [D, F], down [F, D]) per expert; cast to the dtype of x.
       routing: from `make_routing`, or None when `expert` names the expert of all tokens: then these are plain matmuls.
       implementation: None takes the fastest that runs: 'pallas_tpu' on a TPU, 'xla' elsewhere, 'reference' for few tokens.
+      biases: (of gate [F], of up [F], of down [D]) per expert, each may be None. With them the layer is three `routed_linear`.
+      token_gates: (kernel [D, 1], bias [1] or None) per expert: y[t] is multiplied by sigmoid(x[t] @ kernel + bias) (BREEN).
       expert: which expert serves all tokens, when routing is None.
       interpret: True or `pltpu.InterpretParams` runs 'pallas_tpu' without a TPU, for tests.
 
     Returns [..., D] in the dtype of x. Raises ValueError when shapes disagree, or the chosen implementation cannot run.
     """
-    _check(x, routing, expert, len(experts), "routed_swiglu")
+    name = "routed_swiglu"
+    _check(x, routing, expert, len(experts), name, (experts, biases, token_gates))
     d = x.shape[-1]
     f = experts[0][0].shape[-1]
     for e, ws in enumerate(experts):
         if [w.shape for w in ws] != [(d, f), (d, f), (f, d)]:
-            raise ValueError(f"routed_swiglu: expert {e} has shapes {[w.shape for w in ws]}; expected {[(d, f), (d, f), (f, d)]}")
-    if routing is None:
-        return reference.swiglu(x, *experts[expert or 0])
-    flat = x.reshape(-1, d)
-    implementation, backend = _choose(implementation, flat, (d, f), routing, interpret, "routed_swiglu")
-    if backend is not None:
-        y = vjp.routed_swiglu(backend, flat, tuple(experts), routing)
+            raise ValueError(f"{name}: expert {e} has shapes {[w.shape for w in ws]}; expected {[(d, f), (d, f), (f, d)]}")
+    _check_each(name, "token_gates", token_gates, len(experts), ((d, 1), (1,)))
+    _check_each(name, "biases", biases, len(experts), ((f,), (f,), (d,)))
+    if biases is not None:
+        kernels, offsets = (list(zip(*of_experts, strict=True)) for of_experts in (experts, biases))
+
+        def project(x: jax.Array, part: int) -> jax.Array:
+            return routed_linear(x, kernels[part], routing, offsets[part], implementation, expert=expert, interpret=interpret)
+
+        y = project(jax.nn.silu(project(x, 0)) * project(x, 1), 2)
+    elif routing is None:
+        y = reference.swiglu(x, *experts[expert or 0])
     else:
-        y = (reference if implementation == "reference" else ragged).routed_swiglu(flat, tuple(experts), routing)
-    return y.reshape(x.shape)
+        flat = x.reshape(-1, d)
+        implementation, backend = _choose(implementation, flat, (d, f), routing, interpret, name)
+        if backend is not None:
+            y = vjp.routed_swiglu(backend, flat, tuple(experts), routing)
+        else:
+            y = (reference if implementation == "reference" else ragged).routed_swiglu(flat, tuple(experts), routing)
+        y = y.reshape(x.shape)
+    if token_gates is None:
+        return y
+    # a single column is no work for a matmul unit, and the reference lets no expert's NaN into another's tokens
+    kernels, offsets = zip(*token_gates, strict=True)
+    return y * jax.nn.sigmoid(routed_linear(x, kernels, routing, offsets, None if routing is None else "reference", expert=expert))

@@ -218,7 +218,7 @@ class Tpu:
         tiles, steps = slots // rows, inner // columns
 
         def body(place, *refs):
-            place, s, f = self._place(place, routing, rows), pl.program_id(0), pl.program_id(1)
+            place, s, f = self._place(place, routing, rows), tiles - 1 - pl.program_id(0), pl.program_id(1)
             wide_refs, refs = refs[: len(wide)], refs[len(wide) :]
             narrow_refs, refs = refs[: len(narrow)], refs[len(narrow) :]
             weight_refs, (y, *outs, total) = refs[: experts * per_expert], refs[experts * per_expert :]
@@ -242,17 +242,15 @@ class Tpu:
             def _():
                 y[...] = total[...].astype(y.dtype)
 
-        def row_tile(s, f, place):
-            return jnp.minimum(s, self._place(place, routing, rows).last(rows)), 0
-
-        def narrow_tile(s, f, place):
+        # From the last tile to the first: two cores halve the tiles, the first has one more if they are odd, and idle tiles are the last.
+        def read(s, f, place):
             last = self._place(place, routing, rows).last(rows)
-            return jnp.minimum(s, last), jnp.where(s > last, steps - 1, f)
+            return jnp.minimum(tiles - 1 - s, last), jnp.where(tiles - 1 - s > last, 0, f)
 
         def weight_block(e, axis, s, f, place):
             place = self._place(place, routing, rows)
-            done = jnp.where(place.count[e] > 0, steps - 1, 0)
-            block = jnp.where(s < place.first[e], 0, jnp.where((s - place.first[e]) * rows >= place.count[e], done, f))
+            done = (tiles - 1 - s < place.first[e]) & (place.count[e] > 0)
+            block = jnp.where(done, steps - 1, jnp.where(place.valid(e, tiles - 1 - s, rows) > 0, f, 0))
             return (0, block) if axis else (block, 0)
 
         def weight_shape(w, axis):
@@ -265,15 +263,15 @@ class Tpu:
             rows,
             grid=(tiles, steps),
             semantics=("parallel", "arbitrary"),
-            operands=[(a, (rows, a.shape[1]), row_tile) for a in wide]
-            + [(a, (rows, columns), narrow_tile) for a in narrow]
+            operands=[(a, (rows, a.shape[1]), lambda s, f, place: (read(s, f, place)[0], 0)) for a in wide]
+            + [(a, (rows, columns), read) for a in narrow]
             + [
                 (w, weight_shape(w, axis), lambda s, f, p, e=e, axis=axis: weight_block(e, axis, s, f, p))
                 for e in range(experts)
                 for w, axis in zip(weights[e], axes, strict=True)
             ],
-            results=[((slots, width), (rows, width), lambda s, f, place: (s, 0))]
-            + [((slots, inner), (rows, columns), lambda s, f, place: (s, f))] * outputs,
+            results=[((slots, width), (rows, width), lambda s, f, place: (tiles - 1 - s, 0))]
+            + [((slots, inner), (rows, columns), lambda s, f, place: (tiles - 1 - s, f))] * outputs,
             dtype=dtype,
             scratch=[pltpu.VMEM((rows, width), f32)],
             flops=2 * slots * sum(w.size for w in weights[0]),
@@ -380,7 +378,7 @@ class Tpu:
         each byte it moves. All kernels of a routing have the same sub-blocks, so that one reads only what another has written."""
         largest = math.gcd(routing.block_rows, TPU_ROWS.get(self.generation, 512))
         sub = math.gcd(largest, SUB_ROWS)
-        rows = [largest >> i for i in range(6) if (largest >> i) % sub == 0]
+        rows = [largest >> i for i in range(6) if largest >> i >= sub]
         budget = _vmem(self.generation) * 7 // 8  # the rest is for the compiler's temporaries
         fitting = [(r, c) for r in rows for c in COLUMNS if c <= most and width % c == 0 and blocks(r, c) <= budget]
         if not fitting:

@@ -252,6 +252,47 @@ def test_no_bias_and_one_bias() -> None:
         close(got, want, 1e-5)
 
 
+@pytest.mark.parametrize("routed", [True, False])
+def test_biases_and_a_gate_per_token(routed: bool) -> None:
+    """Each expert's y = (silu(x gate + b) * (x up + b)) down + b, times sigmoid(x kernel + b); NaN stays where it is."""
+    x, experts, dy = make_inputs("swiglu", (24, 4, 6))
+    expert = np.random.default_rng(0).integers(-1, 2, 24).astype(np.int32) if routed else np.ones(24, np.int32)
+    rng = np.random.default_rng(1)
+    biases = tuple((rng.normal(size=6), None, rng.normal(size=4)) for _ in range(2))
+    gates = tuple((rng.normal(size=(4, 1)), rng.normal(size=1)) for _ in range(2))
+    biases, gates = jax.tree.map(lambda a: np.float32(a), (biases, gates))
+
+    def run(x, experts, biases, gates, dy):
+        routing = make_routing(jnp.asarray(expert)) if routed else None
+
+        def f(*a):
+            x, experts, biases, gates = a
+            return routed_swiglu(x, experts, routing, "xla", biases=biases, token_gates=gates, expert=None if routed else 1)
+
+        y, pull = jax.vjp(f, x, experts, biases, gates)
+        return y, pull(dy)
+
+    def plain(x, experts, biases, gates, dy):
+        def f(x, experts, biases, gates):
+            y = 0
+            for e, ((gate, up, down), (b, _, c), (kernel, k)) in enumerate(zip(experts, biases, gates, strict=True)):
+                one = ((jax.nn.silu(x @ gate + b) * (x @ up)) @ down + c) * jax.nn.sigmoid(x @ kernel + k)
+                y = y + jnp.where((expert == e)[:, None], one, 0)
+            return y
+
+        y, pull = jax.vjp(f, x, experts, biases, gates)
+        return y, pull(dy)
+
+    run = quick_jit(run)
+    got = run(x, experts, biases, gates, dy)
+    close(got, quick_jit(plain)(x, experts, biases, gates, dy), 1e-5)
+    nan = jax.tree.map(lambda a: np.full_like(a, np.nan), (experts[0], biases[0], gates[0]))
+    x[expert < 0], dy[expert < 0] = np.nan, np.nan
+    y, (dx, *dw) = run(x, (nan[0], experts[1]), (nan[1], biases[1]), (nan[2], gates[1]), dy)
+    mine = expert != 0
+    same((y[mine], dx[mine], [d[1] for d in dw]), (got[0][mine], got[1][0][mine], [d[1] for d in got[1][1:]]))
+
+
 @pytest.mark.parametrize(("tokens", "sorts"), [(SMALL - 1, False), (SMALL, True)])
 def test_few_tokens_are_not_sorted(tokens: int, sorts: bool) -> None:
     x, weights, _ = make_inputs("swiglu", (tokens, 2, 3))
@@ -303,7 +344,13 @@ def test_shapes_that_disagree() -> None:
     ffn = (k, k, k.T)
     for call, message in (
         (lambda: routed_linear(zeros(2, 4, 3), (k, k), routing), r"\(2, 4, 3\), 8 tokens.*made for 9"),
-        (lambda: routed_linear(zeros(0, 3), (k, k), routing), r"\(0, 3\), 0 tokens"),
+        (lambda: routed_linear(zeros(0, 3), (k, k), routing), r"\(0, 3\); give at least one token"),
+        (lambda: routed_linear(zeros(9, 3), (k, k.astype(int)), routing), "dtypes float32, int32; they must be real floating"),
+        (
+            lambda: routed_swiglu(zeros(9, 3), (ffn, ffn), routing, token_gates=((zeros(3, 1), None),)),
+            "token_gates have shapes .*each of 2",
+        ),
+        (lambda: routed_swiglu(zeros(9, 3), (ffn, ffn), routing, biases=((zeros(5), None, None),) * 2), r"biases have shapes .*\(4,\)"),
         (lambda: routed_linear(zeros(9, 3), (k, k, k), routing), "3 experts were given.*made for 2"),
         (lambda: routed_linear(zeros(9, 3), (k, zeros(3, 5)), routing), r"\(3, 4\), \(3, 5\)"),
         (lambda: routed_linear(zeros(9, 7), (k, k), routing), r"all must be \[7, M\]"),

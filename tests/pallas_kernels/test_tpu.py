@@ -233,6 +233,49 @@ def test_vmap_over_tokens_and_over_routings() -> None:
         close(got, want, 1e-5)
 
 
+IN_SHARD_MAP = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from pallas_kernels import make_routing, routed_swiglu
+from tests.pallas_kernels.helpers import close, make_inputs
+from tests.quick import quick_jit
+
+mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+x, experts, dy = make_inputs("swiglu", (80, 128, 256))
+expert = np.random.default_rng(0).integers(-1, 2, 80).astype(np.int32)
+tokens, columns, rows = P("fsdp"), P("fsdp", "tensor"), P("tensor", "fsdp")
+
+def shard(x, expert, *experts):
+    # each shard: half of the tokens, gathers a matrix's fsdp axis, keeps half of the inner width
+    whole = lambda w, axis: jax.lax.all_gather(w, "fsdp", axis=axis, tiled=True)
+    experts = tuple((whole(g, 0), whole(u, 0), whole(d, 1)) for g, u, d in experts)
+    y = routed_swiglu(x, experts, make_routing(expert, row_multiple=16), "{implementation}", interpret={interpret})
+    return jax.lax.psum(y, "tensor")
+
+sharded = jax.shard_map(shard, mesh=mesh, in_specs=(tokens, tokens, *[(columns, columns, rows)] * 2), out_specs=tokens, check_vma=False)
+
+def loss(visual, x, text, dy):
+    return jnp.sum(sharded(x, expert, text, visual) * dy)
+
+def place(ffn):
+    return tuple(jax.device_put(w, NamedSharding(mesh, s)) for w, s in zip(ffn, (columns, columns, rows)))
+
+text, visual = map(place, experts)
+program = quick_jit(jax.value_and_grad(loss, (0, 1))).lower(visual, x, text, dy).compile()
+got = program(visual, x, text, dy)
+plain = lambda visual, x: jnp.sum(routed_swiglu(x, (experts[0], visual), make_routing(expert), "reference") * dy)
+close(jax.tree.map(np.asarray, got), quick_jit(jax.value_and_grad(plain, (0, 1)))(experts[1], x), 1e-5)
+print(program.as_text().count("reduce-scatter("))
+"""
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
+def test_in_shard_map_with_sharded_weights(implementation: str, run_python: Callable[..., str]) -> None:
+    """Weights over fsdp and tensor, tokens over fsdp; the three gradients of the trained expert are scattered back, the frozen one's not."""
+    code = IN_SHARD_MAP.format(implementation=implementation, interpret=implementation == "pallas_tpu")
+    assert int(run_python(code, devices=4)) == 3
+
+
 # ---- races -----------------------------------------------------------------------------------------------------------------------------
 
 
