@@ -5,16 +5,19 @@
 
 The first times every implementation that runs on this machine's device, forward and forward + backward with the first expert frozen, over
 shares of visual tokens; each is timed in turn with the others and the median counts. The second needs libtpu and no TPU: it prints the
-compiler's cycle estimate for half visual tokens. That estimate knows no contention for memory, so a kernel counts with the larger of the
-estimate and the time its bytes take at the chip's bandwidth. It walks the weight-gradient kernel over all tiles; half of them are the
-visual expert's, and half of the cycles count.
+compiler's cycle estimate for half visual tokens, less one, so that both experts end in a partly filled tile. That estimate knows no
+contention for memory, so a kernel counts with the larger of the estimate and the time its bytes take at the chip's bandwidth. The floor is
+the smaller of two dense layers: what XLA estimates for its matmuls compiled one by one, and for the layer compiled as a whole.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import datetime
+import functools
 import glob
+import importlib.metadata
 import json
 import os
 import re
@@ -33,14 +36,16 @@ from jax.experimental import topologies
 from jax.extend.core import ClosedJaxpr
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pallas_kernels import Routing, make_routing, reference, routed_swiglu, tpu
+from pallas_kernels import make_routing, reference, routed_swiglu, tpu
 from pallas_kernels.api import IMPLEMENTATIONS
 from pallas_kernels.device import device_kind, tpu_generation
+from pallas_kernels.routing import TPU_ROWS
 from pallas_kernels.vjp import to_slots, to_tokens
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 CHIPS = {"v5e": (1.5e9, 819e9), "v5p": (1.75e9, 2765e9), "v6e": (1.75e9, 1640e9)}
 """Clock in Hz, inferred from the published peak, and memory bandwidth in bytes per second."""
+CASE_SECONDS = 400
 LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 
@@ -127,39 +132,39 @@ def bytes_of_kernels(f: Callable[..., Any], *args: Any) -> collections.Counter[s
     return found
 
 
-def static_cases(generation: str, tokens: int, width: int, inner: int, dtype: Any) -> dict[str, tuple[Callable[..., Any], tuple]]:
-    """What is profiled, each alone, with its operands as parameters of the program."""
+def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
 
-    def array(*shape: int, dtype: Any = dtype) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype)
 
-    backend = tpu.Tpu(generation)
+def kernel_cases(generation: str, tokens: int, width: int, inner: int) -> dict[str, tuple[Callable[..., Any], tuple]]:
+    """What is profiled, each alone, with its operands as parameters of the program. bfloat16."""
+    multiple = min(TPU_ROWS[generation], tokens // 4)
+    backend = tpu.Tpu(generation, counts=(tokens // 2 - 1, tokens // 2 + 1))
     x, weights = array(tokens, width), (array(width, inner), array(width, inner), array(inner, width))
-    routing = jax.eval_shape(lambda e: make_routing(e, row_multiple=128), array(tokens, dtype=jnp.int32))
+    routing = jax.eval_shape(lambda e: make_routing(e, row_multiple=multiple), array(tokens, dtype=jnp.int32))
     slots = routing.source.shape[0]
     rows, hidden, experts = array(slots, width), array(slots, inner), (weights, weights)
 
-    def frozen_backward(x: jax.Array, g: jax.Array, u: jax.Array, dy: jax.Array, experts: Any, routing: Routing) -> Any:
-        dx, (_, dvisual) = backend.swiglu_bwd(x, g, u, dy, experts, routing)
-        return dx, dvisual
+    def weight_gradients(e: int) -> Callable[..., Any]:
+        return lambda *a: backend.swiglu_bwd(*a)[1][e]
 
+    backward = (rows, hidden, hidden, rows, experts, routing)
     return {
-        "dense forward": (dense, (x, weights)),
-        "dense forward + backward": (with_gradient(dense), (x, weights, x)),
         "forward": (backend.swiglu, (rows, experts, routing)),
         "forward, gate and up saved": (backend.swiglu_fwd, (rows, experts, routing)),
-        "backward, text frozen": (frozen_backward, (rows, hidden, hidden, rows, experts, routing)),
+        "recomputed gate and up": (lambda *a: backend.swiglu_fwd(*a)[1:], (rows, experts, routing)),
+        "backward, text frozen": (lambda *a: (backend.swiglu_bwd(*a)[0], weight_gradients(1)(*a)), backward),
         "permutation": (lambda x, y, routing: (to_slots(x, routing), to_tokens(y, routing)), (x, rows, routing)),
-        "routing": (lambda expert: make_routing(expert, row_multiple=128), (array(tokens, dtype=jnp.int32),)),
+        "routing": (lambda expert: make_routing(expert, row_multiple=multiple), (array(tokens, dtype=jnp.int32),)),
     }
 
 
-def profile(topology: str, case: str, tokens: int, width: int, inner: int) -> dict[str, float]:
-    """Cycles of each operation of one case. libtpu reads its flags once: a process profiles one case."""
+def profile(topology: str, case: str, tokens: int, width: int, inner: int) -> dict[str, Any]:
+    """Cycles of each operation of one case, and the most VMEM of a kernel. libtpu reads its flags once: a process profiles one case."""
     generation = topology.split(":")[0]
     with tempfile.TemporaryDirectory() as folder:
         os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_static_llo_profile_to={folder}"
-        f, args = static_cases(generation, tokens, width, inner, jnp.bfloat16)[case]
+        f, args = kernel_cases(generation, tokens, width, inner)[case]
         if not (generation == "v5e" and case == "permutation"):  # there the estimator aborts on gathers: bandwidth alone counts
             compile_for(topology, f, *args)
         cycles: collections.Counter[str] = collections.Counter()
@@ -171,40 +176,80 @@ def profile(topology: str, case: str, tokens: int, width: int, inner: int) -> di
     if case == "permutation":  # rows in and out, twice
         bound["permutation"] = 2 * 2 * (args[0].size + args[1].size)
         cycles = collections.Counter({"permutation": sum(cycles.values())})
-    counted = {name: max(float(count), bound[name] * clock / bandwidth) for name, count in cycles.items()}
-    return {name: count / 2 if name == "routed_weight_gradient" else count for name, count in counted.items()}
+    elif case != "routing":  # what is copied around a kernel that is compiled alone is no part of it
+        cycles = collections.Counter({name: count for name, count in cycles.items() if name.startswith("routed_")})
+    return {name: max(float(count), bound[name] * clock / bandwidth) for name, count in cycles.items()}
 
 
-def static(topology: str, tokens: int, width: int, inner: int) -> dict[str, dict[str, float]]:
-    """`profile` of every case, each in a process of its own. Raises RuntimeError with the compiler's words when one fails."""
+def dense_floor(topology: str, tokens: int, width: int, inner: int) -> dict[str, float]:
+    """XLA's own estimate of the dense layer's passes, the smaller of matmuls compiled one by one and of the layer as a whole."""
+    x, h, wide, tall = array(tokens, width), array(tokens, inner), array(width, inner), array(inner, width)
+
+    def estimate(f: Callable[..., Any], *args: Any) -> float:
+        text = compile_for(topology, f, *args).as_text()
+        return float(sum(int(c) for c in re.findall(r'"estimated_cycles":"(\d+)"', text)))
+
+    up, down = estimate(jnp.dot, x, wide), estimate(jnp.dot, h, tall)
+    to_h, to_x = (estimate(lambda a, w: a @ w.T, *args) for args in ((x, tall), (h, wide)))
+    dup, ddown = (estimate(lambda a, b: a.T @ b, *args) for args in ((x, h), (h, x)))
+    weights = (wide, wide, tall)
+    whole = estimate(dense, x, weights), estimate(with_gradient(dense), x, weights, x)
+    remat = estimate(with_gradient(jax.checkpoint(dense)), x, weights, x)
+    forward, backward = 2 * up + down, to_h + 2 * to_x + 2 * dup + ddown
+    return {
+        "dense forward": min(forward, whole[0]),
+        "dense forward + backward": min(forward + backward, whole[1]),
+        "dense under full remat": min(forward + 2 * up + backward, remat),
+        "dense forward, as one program": whole[0],
+        "dense forward + backward, as one program": whole[1],
+    }
+
+
+def static(topology: str, tokens: int, width: int, inner: int) -> dict[str, Any]:
+    """The floor and `profile` of every case, each in a process of its own that is given CASE_SECONDS."""
     sizes = ["--tokens", str(tokens), "--width", str(width), "--inner", str(inner)]
-    result = {}
-    for case in static_cases("v5e", tokens, width, inner, jnp.bfloat16):
+    result: dict[str, Any] = {}
+    for case in ("floor", *kernel_cases(topology.split(":")[0], tokens, width, inner)):
         command = [sys.executable, "-m", "pallas_kernels.benchmark", "--static", topology, "--case", case, *sizes]
-        child = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=False)
-        if child.returncode:
-            raise RuntimeError(f"{case} for {topology} did not compile: {child.stderr[-2000:]}")
-        result[case] = json.loads(child.stdout.splitlines()[-1])
-        print(f"{topology}: {case}", file=sys.stderr)
+        print(f"{topology}, {tokens} tokens: {case}", file=sys.stderr, flush=True)
+        try:
+            child = subprocess.run(
+                command, capture_output=True, text=True, timeout=CASE_SECONDS, env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=False
+            )
+        except subprocess.TimeoutExpired:
+            result[case] = f"no estimate within {CASE_SECONDS} s"
+            continue
+        result[case] = json.loads(child.stdout.splitlines()[-1]) if child.returncode == 0 else f"no estimate: {child.stderr.strip()[-300:]}"
     return result
 
 
-def print_static(result: dict[str, dict[str, float]]) -> None:
-    totals = {case: sum(cycles.values()) for case, cycles in result.items()}
-    for case, cycles in result.items():
-        print(f"{case:28} {totals[case]:12,.0f} cycles")
-        for name, count in cycles.items():
-            if name.startswith("routed_"):
-                print(f"    {name:24} {count:12,.0f}")
-    around = totals["permutation"] + totals["routing"]
-    floor, both = totals["dense forward"], totals["dense forward + backward"]
-    trained = totals["forward, gate and up saved"] + totals["backward, text frozen"] + 2 * around
-    print(
-        f"forward / dense forward: kernels {totals['forward'] / floor:.3f}, with routing and permutation {(totals['forward'] + around) / floor:.3f}"
-    )
-    print(
-        f"forward + backward / dense, text frozen: {(trained - 2 * around) / both:.3f}, with routing and permutation {trained / both:.3f}"
-    )
+def ratios(result: dict[str, Any]) -> dict[str, float]:
+    """Each pass over its dense floor: the kernels alone, and with routing and permutation. What has no estimate is left out."""
+    total = {case: sum(r.values()) for case, r in result.items() if isinstance(r, dict)}
+    floor = result["floor"]
+    around = total.get("permutation", 0.0) + total.get("routing", 0.0)  # a word in place of a figure says that it is left out
+    passes = {
+        "forward": (("forward",), 1, floor["dense forward"]),
+        "forward, gate and up saved": (("forward, gate and up saved",), 1, floor["dense forward"]),
+        "backward, text frozen": (("backward, text frozen",), 1, floor["dense forward + backward"] - floor["dense forward"]),
+        "forward + backward, text frozen": (
+            ("forward, gate and up saved", "backward, text frozen"),
+            2,
+            floor["dense forward + backward"],
+        ),
+        "the same under full remat": (
+            ("forward, gate and up saved", "recomputed gate and up", "backward, text frozen"),
+            3,
+            floor["dense under full remat"],
+        ),
+    }
+    table = {}
+    for name, (parts, permutations, dense_cycles) in passes.items():
+        if all(part in total for part in parts):
+            kernels = sum(total[part] for part in parts)
+            table[f"{name}: kernels"] = round(kernels / dense_cycles, 3)
+            table[f"{name}: all"] = round((kernels + permutations * around) / dense_cycles, 3)
+    return table
 
 
 def main() -> None:
@@ -221,12 +266,22 @@ def main() -> None:
     if a.static and a.static.split(":")[0] not in CHIPS:
         parser.error(f"--static {a.static}: the chip must be one of {', '.join(CHIPS)}, as in v5e:2x2")
     if a.case:
-        print(json.dumps(profile(a.static, a.case, a.tokens, a.width, a.inner)))
+        f = dense_floor if a.case == "floor" else functools.partial(profile, case=a.case)
+        print(json.dumps(f(a.static, tokens=a.tokens, width=a.width, inner=a.inner)))
         return
     if a.static:
-        result: Any = static(a.static, a.tokens, a.width, a.inner)
-        print(f"{a.static}, {a.tokens} tokens, {a.width} -> {a.inner}, bfloat16, half visual, jax {jax.__version__}")
-        print_static(result)
+        cycles = static(a.static, a.tokens, a.width, a.inner)
+        versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
+        shape = {"tokens": a.tokens, "width": a.width, "inner": a.inner, "dtype": "bfloat16", "visual share": 0.5}
+        result: Any = {
+            "topology": a.static,
+            **shape,
+            **versions,
+            "date": str(datetime.date.today()),
+            "ratios": ratios(cycles),
+            "cycles": cycles,
+        }
+        print(json.dumps(result, indent=1))
     else:
         result = measure(a.tokens, a.width, a.inner, a.dtype, a.rounds)
         print(f"{device_kind()}, {a.tokens} tokens, {a.width} -> {a.inner}, {a.dtype}; ratio to the dense SwiGLU of the same run")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -395,11 +396,8 @@ def _filled_parts(valid: Any, rows: int, sub: int, whole_from: int, compute: Cal
 
     @pl.when((valid > 0) & (valid < whole_from))
     def _():
-        def step(i, _):
-            compute(pl.ds(pl.multiple_of(i * sub, sub), sub))
-            return 0
-
-        jax.lax.fori_loop(0, (valid + sub - 1) // sub, step, 0)
+        for start in range(0, rows, sub):
+            pl.when(valid > start)(partial(compute, pl.ds(start, sub)))
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -271,7 +273,7 @@ print(program.as_text().count("reduce-scatter("))
 
 @pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
 def test_in_shard_map_with_sharded_weights(implementation: str, run_python: Callable[..., str]) -> None:
-    """Weights over fsdp and tensor, tokens over fsdp; the three gradients of the trained expert are scattered back, the frozen one's not."""
+    """Weights over fsdp and tensor, tokens over fsdp; the trained expert's three gradients are scattered back."""
     code = IN_SHARD_MAP.format(implementation=implementation, interpret=implementation == "pallas_tpu")
     assert int(run_python(code, devices=4)) == 3
 
@@ -391,6 +393,32 @@ def test_routing_and_expert_exclude_each_other() -> None:
 
 # ---- compiled for chips nobody has here --------------------------------------------------------------------------------------------------
 
+BUDGETS = Path(__file__).parents[2] / "experiments" / "results" / "kernels"
+
+
+def needs_libtpu() -> None:
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed: pip install 'monovl_jax[aot]'")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["forward", "backward, text frozen"])
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_no_more_cycles_than_before(topology: str, case: str, run_python: Callable[..., str]) -> None:
+    """The compiler's estimate of each kernel, against the committed table."""
+    needs_libtpu()
+    table = json.loads((BUDGETS / f"{topology.split(':')[0]}_4096.json").read_text("utf-8"))["cycles"][case]
+    if isinstance(table, str):
+        pytest.skip(f"the estimator has no figure: {table[:60]}")
+    code = (
+        f"import json; from pallas_kernels.benchmark import profile; print(json.dumps(profile({topology!r}, {case!r}, 4096, 2048, 8192)))"
+    )
+    cycles = json.loads(run_python(code, JAX_PLATFORMS="cpu").splitlines()[-1])
+    assert cycles.keys() == table.keys()
+    for kernel, budget in table.items():
+        assert cycles[kernel] <= 1.02 * budget, kernel
+
+
 COMPILE = """
 import re, jax, jax.numpy as jnp
 from pallas_kernels import make_routing, routed_swiglu
@@ -415,8 +443,7 @@ print(len(names), sum("weight_gradient" in name for name in names))
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_compiles_for(topology: str, tokens: int, run_python: Callable[..., str]) -> None:
     """Forward and backward with the text expert frozen, at the 2B shapes: five kernels, two of them weight gradients."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed: pip install 'jax[tpu]'")
+    needs_libtpu()
     temporaries, kernels = run_python(COMPILE.format(topology=topology, tokens=tokens), JAX_PLATFORMS="cpu").strip().splitlines()[-2:]
     assert kernels == "5 2"
     assert int(temporaries) < 2**31
