@@ -231,7 +231,7 @@ def test_on_a_tpu_the_experts_are_pallas_kernels_unless_ops_says_otherwise() -> 
 
     def kernels(ops: Ops) -> int:
         with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("chip",), abstract_device=device)):
-            return str(jax.make_jaxpr(lambda p: nnx.merge(graphdef, p)(batch, ops)[0])(params)).count("pallas_call[")
+            return str(jax.make_jaxpr(lambda p, batch: nnx.merge(graphdef, p)(batch, ops)[0])(params, batch)).count("pallas_call[")
 
     assert kernels(Ops()) == 3, "qkv, out and the FFN of the scanned layer"
     assert kernels(Ops(implementation="xla")) == 0
