@@ -256,15 +256,18 @@ class Gpu:
             row_tiles, steps = extent(refs)
             steps = jnp.int32(steps)
 
-            def each_tile(do: Callable[..., None]) -> None:
-                """do(steps of the tiles before, row, column) for the tiles of this program: groups of columns, in them rows."""
+            def each_tile(do: Callable[..., None]) -> jax.Array:
+                """do(steps before, row, column) for the tiles of this program: groups of columns, in them rows. Returns all steps."""
 
-                @plgpu.nd_loop((row_tiles * column_tiles,), collective_axes="core")
-                def _(loop):
+                @plgpu.nd_loop((row_tiles * column_tiles,), collective_axes="core", init_carry=jnp.int32(0))
+                def steps_of_all(loop, carry):
                     (index,) = loop.index
                     inside = jax.lax.rem(index, row_tiles * group)
                     column = jax.lax.div(index, row_tiles * group) * group + jax.lax.rem(inside, group)
-                    do(loop.local_index * steps, jax.lax.div(inside, group), column)
+                    do(carry, jax.lax.div(inside, group), column)
+                    return carry + steps
+
+                return steps_of_all
 
             @pl.when(warpgroup == WARPGROUPS)
             def _():
@@ -281,7 +284,11 @@ class Gpu:
 
                         fetch(refs, row, column, step, lefts.at[slot], [r.at[slot] for r in rights], filled.at[slot])
 
-                each_tile(tile)
+                total = each_tile(tile)
+
+                @pl.loop(jnp.maximum(total - stages, 0), total)
+                def _(step):  # leave when the last buffers have been read
+                    plgpu.barrier_wait(free.at[jax.lax.rem(step, stages)])
 
             @pl.when(warpgroup < WARPGROUPS)
             def _():
