@@ -36,6 +36,8 @@ DEPTH = 64
 """Of a step along the contracted dimension: 128 bytes, the widest swizzle of shared memory."""
 WARPGROUPS = 2
 """That compute; one more fetches."""
+HALF = ROWS // WARPGROUPS
+"""Rows of a tile that one of them computes."""
 GROUP = 8
 """Column tiles that are computed together for all rows, so that a wave of tiles shares both operands in the L2 cache."""
 SHARED = 227 * 1024 - 4096
@@ -158,15 +160,16 @@ class Gpu:
         depths = k // DEPTH
         flat = tuple(w for ws in weights for w in ws)
 
-        def fetch(refs, row, column, step, left, rights, barrier):
+        def fetch(refs, row, column, step, lefts, rights, barrier):
             tile, owner, _, *refs = refs
             at = pl.ds(jax.lax.rem(step, depths) * DEPTH, DEPTH)
-            rows, cols = pl.ds(tile[row] * ROWS, ROWS), pl.ds(column * columns, columns)
+            cols = pl.ds(column * columns, columns)
             for part, a in enumerate(refs[: len(wide)]):
 
                 @pl.when(jax.lax.div(step, depths) == part)
                 def _(part=part, a=a):
-                    plgpu.copy_gmem_to_smem(a.at[rows, at], left, barrier)
+                    for i, left in enumerate(lefts):
+                        plgpu.copy_gmem_to_smem(a.at[pl.ds(tile[row] * ROWS + i * HALF, HALF), at], left, barrier)
                     for e in range(experts):
                         first = len(wide) + e * len(weights[0]) + part * accumulators
 
@@ -194,12 +197,13 @@ class Gpu:
         (_, k), m = x.shape, dy.shape[1]
         columns = math.gcd(m, COLUMNS)
         first, _ = _tile_ranges(routing)
-        place = jnp.stack([first[expert] * ROWS, (routing.counts[expert] + DEPTH - 1) // DEPTH])
+        place = jnp.stack([first[expert], (routing.counts[expert] + DEPTH - 1) // DEPTH])
 
-        def fetch(refs, row, column, step, left, rights, barrier):
+        def fetch(refs, row, column, step, lefts, rights, barrier):
             place, x, dy = refs
-            at = pl.ds(place[0] + step * DEPTH, DEPTH)
-            plgpu.copy_gmem_to_smem(x.at[at, pl.ds(row * ROWS, ROWS)], left, barrier)
+            at = pl.ds(place[0] * ROWS + step * DEPTH, DEPTH)  # in sight of the compiler, which needs to know the alignment
+            for i, left in enumerate(lefts):
+                plgpu.copy_gmem_to_smem(x.at[at, pl.ds(row * ROWS + i * HALF, HALF)], left, barrier)
             plgpu.copy_gmem_to_smem(dy.at[at, pl.ds(column * columns, columns)], rights[0], barrier)
 
         return self._launch(
@@ -235,18 +239,17 @@ class Gpu:
     ) -> tuple[jax.Array, ...]:
         """A tiled matmul.
 
-        fetch(refs, row, column, step, left, rights, barrier) starts the copies of one step: left [ROWS, DEPTH] and, per accumulator, right
-        [DEPTH, columns], or their transposes. The last `narrow` inputs are read in tiles like the outputs. extent(refs) -> how many row
+        fetch(refs, row, column, step, lefts, rights, barrier) starts the copies of one step: [HALF, DEPTH] for each warpgroup and
+        [DEPTH, columns] for each accumulator, or their transposes. The last `narrow` inputs are read in tiles like the outputs. extent(refs) -> how many row
         tiles there are, and the steps of each. row_tile(refs, row) -> where in the outputs row tile `row` lies.
         """
         dtype = out[0].dtype
         column_tiles = out[0].shape[1] // columns
         group = math.gcd(column_tiles, GROUP)
         chunk = math.gcd(columns // accumulators if narrow else columns, 32 if narrow else 64)
-        rows = ROWS // WARPGROUPS
         slots = 2 if len(out) == 1 else 1
-        left_shape, right_shape = ((n, m) if t else (m, n) for t, (m, n) in zip(transposed, ((ROWS, DEPTH), (DEPTH, columns)), strict=True))
-        patches = WARPGROUPS * (narrow + slots * len(out)) * rows * chunk
+        left_shape, right_shape = ((n, m) if t else (m, n) for t, (m, n) in zip(transposed, ((HALF, DEPTH), (DEPTH, columns)), strict=True))
+        patches = WARPGROUPS * (narrow + slots * len(out)) * HALF * chunk
         stages = min(STAGES, (SHARED // dtype.itemsize - patches) // (DEPTH * (ROWS + accumulators * columns)))
 
         def body(*refs):
@@ -282,7 +285,7 @@ class Gpu:
                         def _():
                             plgpu.barrier_wait(free.at[slot])
 
-                        fetch(refs, row, column, step, lefts.at[slot], [r.at[slot] for r in rights], filled.at[slot])
+                        fetch(refs, row, column, step, [lefts.at[slot, w] for w in range(WARPGROUPS)], [r.at[slot] for r in rights], filled.at[slot])
 
                 total = each_tile(tile)
 
@@ -293,10 +296,9 @@ class Gpu:
             @pl.when(warpgroup < WARPGROUPS)
             def _():
                 plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-                mine = pl.ds(warpgroup * rows, rows)
 
                 def tile(before, row, column):
-                    at = pl.ds(row_tile(refs, row) * ROWS + warpgroup * rows, rows)
+                    at = pl.ds(row_tile(refs, row) * ROWS + warpgroup * HALF, HALF)
 
                     def columns_of(i):
                         return pl.ds(column * columns + i * chunk, chunk)
@@ -310,7 +312,7 @@ class Gpu:
                         def _(step):
                             slot = jax.lax.rem(before + step, stages)
                             plgpu.barrier_wait(filled.at[slot])
-                            a = lefts.at[slot, :, mine].T if transposed[0] else lefts.at[slot, mine]
+                            a = lefts.at[slot, warpgroup].T if transposed[0] else lefts.at[slot, warpgroup]
                             for acc, right in zip(accs, rights, strict=True):
                                 plgpu.wgmma(acc, a, right.at[slot].T if transposed[1] else right.at[slot])
                             plgpu.wgmma_wait(len(accs))  # all but this step's products are done
@@ -328,7 +330,7 @@ class Gpu:
                         return [acc[...] for acc in accs]
 
                     read(0)
-                    products = pl.run_scoped(multiply, *[plgpu.ACC((rows, columns), f32)] * accumulators)
+                    products = pl.run_scoped(multiply, *[plgpu.ACC((HALF, columns), f32)] * accumulators)
                     for i in range(columns // chunk):
                         if narrow:
                             plgpu.barrier_wait(arrived.at[warpgroup])
@@ -348,11 +350,11 @@ class Gpu:
                 plgpu.wait_smem_to_gmem(0)
 
         scratch = [
-            _buffer((stages, *left_shape), dtype),
+            _buffer((stages, WARPGROUPS, *left_shape), dtype),
             [_buffer((stages, *right_shape), dtype)] * accumulators,
-            _buffer((WARPGROUPS, narrow, rows, chunk), dtype) if narrow else None,
-            _buffer((WARPGROUPS, slots * len(out), rows, chunk), dtype),
-            plgpu.Barrier(num_arrivals=1 + accumulators, num_barriers=stages),
+            _buffer((WARPGROUPS, narrow, HALF, chunk), dtype) if narrow else None,
+            _buffer((WARPGROUPS, slots * len(out), HALF, chunk), dtype),
+            plgpu.Barrier(num_arrivals=WARPGROUPS + accumulators, num_barriers=stages),
             plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
             plgpu.Barrier(num_arrivals=narrow, num_barriers=WARPGROUPS) if narrow else None,
         ]
