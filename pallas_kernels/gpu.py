@@ -40,8 +40,8 @@ HALF = ROWS // WARPGROUPS
 """Rows of a tile that one of them computes."""
 GROUP = 8
 """Column tiles that are computed together for all rows, so that a wave of tiles shares both operands in the L2 cache."""
-SHARED = 227 * 1024 - 4096
-"""Bytes of shared memory for buffers: what a Hopper program may have, less barriers and what the compiler takes."""
+SHARED = 226 * 1024
+"""Bytes of shared memory for buffers: what a Hopper program may have, less 1 KiB for barriers."""
 STAGES = 4
 """The most buffers of the ring."""
 FETCH_REGISTERS, COMPUTE_REGISTERS = 40, 232
@@ -160,23 +160,28 @@ class Gpu:
         depths = k // DEPTH
         flat = tuple(w for ws in weights for w in ws)
 
-        def fetch(refs, row, column, step, lefts, rights, barrier):
+        def fetch(refs, row, column):
             tile, owner, _, *refs = refs
-            at = pl.ds(jax.lax.rem(step, depths) * DEPTH, DEPTH)
+            start, mine = tile[row] * ROWS, owner[row]
             cols = pl.ds(column * columns, columns)
-            for part, a in enumerate(refs[: len(wide)]):
 
-                @pl.when(jax.lax.div(step, depths) == part)
-                def _(part=part, a=a):
-                    for i, left in enumerate(lefts):
-                        plgpu.copy_gmem_to_smem(a.at[pl.ds(tile[row] * ROWS + i * HALF, HALF), at], left, barrier)
-                    for e in range(experts):
-                        first = len(wide) + e * len(weights[0]) + part * accumulators
+            def step(i, lefts, rights, barrier):
+                at = pl.ds(jax.lax.rem(i, depths) * DEPTH, DEPTH)
+                for part, a in enumerate(refs[: len(wide)]):
 
-                        @pl.when(owner[row] == e)
-                        def _(first=first):
-                            for right, w in zip(rights, refs[first : first + accumulators], strict=True):
-                                plgpu.copy_gmem_to_smem(w.at[cols, at] if transposed else w.at[at, cols], right, barrier)
+                    @pl.when(jax.lax.div(i, depths) == part)
+                    def _(part=part, a=a):
+                        for half, left in enumerate(lefts):
+                            plgpu.copy_gmem_to_smem(a.at[pl.ds(start + half * HALF, HALF), at], left, barrier)
+                        for e in range(experts):
+                            first = len(wide) + e * len(weights[0]) + part * accumulators
+
+                            @pl.when(mine == e)
+                            def _(first=first):
+                                for right, w in zip(rights, refs[first : first + accumulators], strict=True):
+                                    plgpu.copy_gmem_to_smem(w.at[cols, at] if transposed else w.at[at, cols], right, barrier)
+
+            return step
 
         return self._launch(
             name,
@@ -199,12 +204,17 @@ class Gpu:
         first, _ = _tile_ranges(routing)
         place = jnp.stack([first[expert], (routing.counts[expert] + DEPTH - 1) // DEPTH])
 
-        def fetch(refs, row, column, step, lefts, rights, barrier):
+        def fetch(refs, row, column):
             place, x, dy = refs
-            at = pl.ds(place[0] * ROWS + step * DEPTH, DEPTH)  # in sight of the compiler, which needs to know the alignment
-            for i, left in enumerate(lefts):
-                plgpu.copy_gmem_to_smem(x.at[at, pl.ds(row * ROWS + i * HALF, HALF)], left, barrier)
-            plgpu.copy_gmem_to_smem(dy.at[at, pl.ds(column * columns, columns)], rights[0], barrier)
+            start = place[0] * ROWS  # in sight of the compiler, which needs to know the alignment
+
+            def step(i, lefts, rights, barrier):
+                at = pl.ds(start + i * DEPTH, DEPTH)
+                for half, left in enumerate(lefts):
+                    plgpu.copy_gmem_to_smem(x.at[at, pl.ds(row * ROWS + half * HALF, HALF)], left, barrier)
+                plgpu.copy_gmem_to_smem(dy.at[at, pl.ds(column * columns, columns)], rights[0], barrier)
+
+            return step
 
         return self._launch(
             "weight_gradient",
@@ -239,8 +249,8 @@ class Gpu:
     ) -> tuple[jax.Array, ...]:
         """A tiled matmul.
 
-        fetch(refs, row, column, step, lefts, rights, barrier) starts the copies of one step: [HALF, DEPTH] for each warpgroup and
-        [DEPTH, columns] for each accumulator, or their transposes. The last `narrow` inputs are read in tiles like the outputs. extent(refs) -> how many row
+        fetch(refs, row, column) -> step(i, lefts, rights, barrier), which starts the copies of step i of a tile: [HALF, DEPTH] for each
+        warpgroup and [DEPTH, columns] for each accumulator, or their transposes. The last `narrow` inputs are read in tiles like the outputs. extent(refs) -> how many row
         tiles there are, and the steps of each. row_tile(refs, row) -> where in the outputs row tile `row` lies.
         """
         dtype = out[0].dtype
@@ -277,6 +287,8 @@ class Gpu:
                 plgpu.set_max_registers(FETCH_REGISTERS, action="decrease")
 
                 def tile(before, row, column):
+                    start = fetch(refs, row, column)
+
                     @pl.loop(0, steps)
                     def _(step):
                         slot = jax.lax.rem(before + step, stages)
@@ -285,7 +297,7 @@ class Gpu:
                         def _():
                             plgpu.barrier_wait(free.at[slot])
 
-                        fetch(refs, row, column, step, [lefts.at[slot, w] for w in range(WARPGROUPS)], [r.at[slot] for r in rights], filled.at[slot])
+                        start(step, [lefts.at[slot, w] for w in range(WARPGROUPS)], [r.at[slot] for r in rights], filled.at[slot])
 
                 total = each_tile(tile)
 
