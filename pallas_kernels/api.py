@@ -37,7 +37,7 @@ def _choose(implementation: Implementation | None, x: jax.Array, widths: tuple[i
         raise ValueError(f"implementation is {implementation!r}; use None or one of {', '.join(map(repr, IMPLEMENTATIONS))}")
     generation = tpu_generation()
     why_not = None if generation or interpret else f"this program is traced for {device_kind()!r}; use 'xla', or interpret=True in a test"
-    why_not = why_not or tpu.unsupported(routing.block_rows, widths, x.dtype)
+    why_not = why_not or tpu.unsupported(generation or "v5e", routing.block_rows, widths, x.dtype)
     if implementation is None:
         implementation = "reference" if tokens < SMALL else "xla" if why_not or not generation else "pallas_tpu"
     if implementation == "pallas_tpu" and why_not:

@@ -199,8 +199,12 @@ def print_static(result: dict[str, dict[str, float]]) -> None:
     around = totals["permutation"] + totals["routing"]
     floor, both = totals["dense forward"], totals["dense forward + backward"]
     trained = totals["forward, gate and up saved"] + totals["backward, text frozen"] + 2 * around
-    print(f"forward / dense forward: kernels {totals['forward'] / floor:.3f}, with routing and permutation {(totals['forward'] + around) / floor:.3f}")
-    print(f"forward + backward / dense, text frozen: {(trained - 2 * around) / both:.3f}, with routing and permutation {trained / both:.3f}")
+    print(
+        f"forward / dense forward: kernels {totals['forward'] / floor:.3f}, with routing and permutation {(totals['forward'] + around) / floor:.3f}"
+    )
+    print(
+        f"forward + backward / dense, text frozen: {(trained - 2 * around) / both:.3f}, with routing and permutation {trained / both:.3f}"
+    )
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Routed layers in plain XLA with static shapes: sort the tokens by expert, then let each expert run on just its own rows.
 
-The row count of an expert is known only at run time, so `lax.switch` picks one of BLOCKS + 1 programs, compiled for 0, 1, ... BLOCKS blocks
-of rows. No count can overflow, and all experts together compute less than an eighth more rows than the tokens they own.
+The row count of an expert is known only at run time, so `lax.switch` picks one of seventeen programs, compiled for 0, 1, ... 16 blocks of
+rows. No count can overflow, and all experts together compute less than an eighth more rows than the tokens they own.
 
 Derived gradients would keep the residuals of every branch, hence `vjp`. The weight gradient of an expert is a separate result of its
 switch, which XLA removes when nobody asks for it (a frozen expert).
@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.routing import BLOCKS, Routing
+from pallas_kernels.routing import Routing
 from pallas_kernels.vjp import Experts, Kernels
 
 Arrays = tuple[jax.Array, ...]
@@ -45,7 +45,7 @@ def _each_expert(
             results, total = f(mine, w)
             return tuple(jax.lax.dynamic_update_slice_in_dim(o, r, start, 0) for o, r in zip(out, results, strict=True)), total
 
-        branches = [partial(run, b) for b in range(BLOCKS + 1)]
+        branches = [partial(run, b) for b in range(routing.max_blocks + 1)]
         out, total = jax.lax.switch(routing.blocks[e], branches, out, rows, w, start * block)
         sums.append(total)
         start = start + routing.blocks[e]

@@ -31,8 +31,7 @@ PROGRAMS = 4
 def few_programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Five programs per switch in place of seventeen: the same code, compiled in a third of the time. `all_programs` in a name: all."""
     if "all_programs" not in request.node.name:
-        for module in ("routing", "xla"):
-            monkeypatch.setattr(f"pallas_kernels.{module}.BLOCKS", PROGRAMS)
+        monkeypatch.setattr("pallas_kernels.routing.BLOCKS", PROGRAMS)
 
 
 def layer(kind: str, x: jax.Array, weights: Any, expert: jax.Array, implementation: str | None) -> jax.Array:

@@ -35,7 +35,7 @@ def check(ids: np.ndarray, routing: Routing, num_experts: int) -> None:
     tokens, rows = len(ids), routing.block_rows
     source, slot, blocks = (np.asarray(a) for a in (routing.source, routing.slot, routing.blocks))
     slots = len(source)
-    assert slots == (BLOCKS + num_experts) * rows and rows == -(-tokens // BLOCKS)
+    assert rows == -(-tokens // BLOCKS) and slots == (routing.max_blocks + num_experts - 1) * rows
     np.testing.assert_array_equal(routing.expert, ids)
     np.testing.assert_array_equal(slot == slots, ids == -1)
     owned = np.flatnonzero(ids >= 0)
@@ -45,7 +45,7 @@ def check(ids: np.ndarray, routing: Routing, num_experts: int) -> None:
     for e in range(num_experts):
         mine = np.flatnonzero(ids == e)
         np.testing.assert_array_equal(slot[mine], start + np.arange(len(mine)), "in their order, from a block boundary on")
-        assert blocks[e] == -(-len(mine) // rows) <= BLOCKS
+        assert blocks[e] == -(-len(mine) // rows) <= routing.max_blocks <= BLOCKS
         start += blocks[e] * rows
     assert start <= slots
 
