@@ -25,10 +25,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.routing import Routing
+from pallas_kernels.routing import GPU_ROWS, Routing
 from pallas_kernels.vjp import Experts, Kernels
 
-ROWS = 128
+ROWS = GPU_ROWS
 """Rows of an output tile."""
 COLUMNS = 256
 """Columns of the tile at most, over all its accumulators: with 64 rows each, a warpgroup's accumulators take 128 of its registers."""
@@ -49,15 +49,6 @@ FETCH_REGISTERS, COMPUTE_REGISTERS = 40, 232
 
 LANES = 128
 f32 = jnp.float32
-
-
-def hopper_cores() -> int | None:
-    """Streaming multiprocessors of the Hopper GPU that the program is traced for; None where the device is none."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None:  # perhaps a mesh that only exists on paper: all there is to go by is a name
-        return device.num_cores if any(f"NVIDIA {name}" in device.device_kind for name in ("H100", "H200", "H800", "H20", "GH200")) else None
-    device = jax.devices()[0]
-    return device.core_count if device.platform == "gpu" and device.compute_capability == "9.0" else None
 
 
 def unsupported(rows: int, widths: Sequence[int], dtype: Any) -> str | None:
