@@ -7,13 +7,13 @@ from typing import Any, Literal
 
 import jax
 
-from pallas_kernels import ragged, reference, tpu, vjp
-from pallas_kernels.device import device_kind, tpu_generation
+from pallas_kernels import gpu, ragged, reference, tpu, vjp
+from pallas_kernels.device import device_kind, hopper_cores, tpu_generation
 from pallas_kernels.routing import SMALL, Routing
 from pallas_kernels.xla import Xla
 
-Implementation = Literal["reference", "xla", "ragged", "pallas_tpu"]
-IMPLEMENTATIONS = ("reference", "xla", "ragged", "pallas_tpu")
+Implementation = Literal["reference", "xla", "ragged", "pallas_tpu", "pallas_gpu"]
+IMPLEMENTATIONS = ("reference", "xla", "ragged", "pallas_tpu", "pallas_gpu")
 
 
 def _check(x: jax.Array, routing: Routing | None, expert: int | None, num_experts: int, name: str) -> None:
@@ -35,14 +35,22 @@ def _choose(implementation: Implementation | None, x: jax.Array, widths: tuple[i
     tokens = x.shape[0]
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"implementation is {implementation!r}; use None or one of {', '.join(map(repr, IMPLEMENTATIONS))}")
-    generation = tpu_generation()
-    why_not = None if generation or interpret else f"this program is traced for {device_kind()!r}; use 'xla', or interpret=True in a test"
-    why_not = why_not or tpu.unsupported(generation or "v5e", routing.block_rows, widths, x.dtype)
+    generation, cores = tpu_generation(), hopper_cores()
+    why_not = {
+        "pallas_tpu": tpu.unsupported(generation or "v5e", routing.block_rows, widths, x.dtype),
+        "pallas_gpu": gpu.unsupported(routing.block_rows, widths, x.dtype),
+    }
     if implementation is None:
-        implementation = "reference" if tokens < SMALL else "xla" if why_not or not generation else "pallas_tpu"
-    if implementation == "pallas_tpu" and why_not:
-        raise ValueError(f"{name}: pallas_tpu cannot run on x {x.shape}: {why_not}")
-    return implementation, {"xla": Xla(), "pallas_tpu": tpu.Tpu(generation or "v5e", interpret)}.get(implementation)
+        mine = "pallas_tpu" if generation else "pallas_gpu" if cores else "xla"
+        implementation = "reference" if tokens < SMALL else "xla" if why_not.get(mine) else mine
+    here = {"pallas_tpu": generation, "pallas_gpu": cores}.get(implementation, True)
+    reason = why_not.get(implementation)
+    if not here and not interpret:
+        reason = f"this program is traced for {device_kind()!r}; use 'xla', or interpret in a test"
+    if reason:
+        raise ValueError(f"{name}: {implementation} cannot run on x {x.shape}: {reason}")
+    backends = {"xla": Xla(), "pallas_tpu": tpu.Tpu(generation or "v5e", interpret), "pallas_gpu": gpu.Gpu(cores or 2, interpret)}
+    return implementation, backends.get(implementation)
 
 
 def routed_linear(
@@ -62,9 +70,11 @@ def routed_linear(
       kernels: one [K, M] per expert; cast to the dtype of x.
       routing: from `make_routing`, or None when `expert` names the expert of all tokens: then this is a plain matmul.
       biases: one [M] or None per expert.
-      implementation: None takes the fastest that runs: 'pallas_tpu' on a TPU, 'xla' elsewhere, 'reference' for few tokens.
+      implementation: None takes the fastest that runs: 'pallas_tpu' on a TPU, 'pallas_gpu' on a Hopper GPU (where
+        the shapes allow it), 'xla' elsewhere, 'reference' for few tokens.
       expert: which expert serves all tokens, when routing is None.
-      interpret: True or `pltpu.InterpretParams` runs 'pallas_tpu' without a TPU, for tests.
+      interpret: True or `pltpu.InterpretParams` runs 'pallas_tpu' without a TPU, `InterpretGPUParams` 'pallas_gpu' without a GPU, for
+        tests.
 
     Returns [..., M] in the dtype of x. Raises ValueError when shapes disagree, or the chosen implementation cannot run.
     """
@@ -104,9 +114,11 @@ def routed_swiglu(
       x: [..., D] tokens; leading dimensions are flattened in the order that `routing` was made for.
       experts: (gate [D, F], up [D, F], down [F, D]) per expert; cast to the dtype of x.
       routing: from `make_routing`, or None when `expert` names the expert of all tokens: then these are plain matmuls.
-      implementation: None takes the fastest that runs: 'pallas_tpu' on a TPU, 'xla' elsewhere, 'reference' for few tokens.
+      implementation: None takes the fastest that runs: 'pallas_tpu' on a TPU, 'pallas_gpu' on a Hopper GPU (where
+        the shapes allow it), 'xla' elsewhere, 'reference' for few tokens.
       expert: which expert serves all tokens, when routing is None.
-      interpret: True or `pltpu.InterpretParams` runs 'pallas_tpu' without a TPU, for tests.
+      interpret: True or `pltpu.InterpretParams` runs 'pallas_tpu' without a TPU, `InterpretGPUParams` 'pallas_gpu' without a GPU, for
+        tests.
 
     Returns [..., D] in the dtype of x. Raises ValueError when shapes disagree, or the chosen implementation cannot run.
     """
