@@ -15,7 +15,6 @@ follows from the length of the tuples.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -241,13 +240,14 @@ class Gpu:
         """A tiled matmul.
 
         fetch(refs, row, column) -> step(i, lefts, rights, barrier), which starts the copies of step i of a tile: [HALF, DEPTH] for each
-        warpgroup and [DEPTH, columns] for each accumulator, or their transposes. The last `narrow` inputs are read in tiles like the outputs. extent(refs) -> how many row
-        tiles there are, and the steps of each. row_tile(refs, row) -> where in the outputs row tile `row` lies.
+        warpgroup and [DEPTH, columns] for each accumulator, or their transposes. The last `narrow` inputs are read in tiles
+        like the outputs. extent(refs) -> how many row tiles there are, and the steps of each. row_tile(refs, row) -> where
+        in the outputs row tile `row` lies.
         """
         dtype = out[0].dtype
         column_tiles = out[0].shape[1] // columns
         group = math.gcd(column_tiles, GROUP)
-        chunk = math.gcd(columns // accumulators if narrow else columns, 32 if narrow else 64)
+        chunk = 32 if narrow else 64  # columns that the epilogue holds in registers at once
         slots = 2 if len(out) == 1 else 1
         left_shape, right_shape = ((n, m) if t else (m, n) for t, (m, n) in zip(transposed, ((HALF, DEPTH), (DEPTH, columns)), strict=True))
         patches = WARPGROUPS * (narrow + slots * len(out)) * HALF * chunk

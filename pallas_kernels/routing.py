@@ -76,7 +76,7 @@ def make_routing(expert: jax.Array, num_experts: int = 2, row_multiple: int | No
       expert: integer array of any shape, the expert of each token in [0, num_experts), or -1 for none. It is flattened. Another number
         counts as none; under `jax.experimental.checkify.checkify` it is an error.
       num_experts: static.
-      row_multiple: static; the rows of a block are a multiple of it. None takes the tile of the kernels on a TPU or a Hopper GPU, and 1 elsewhere.
+      row_multiple: static; the rows of a block are a multiple of it. None takes the kernels' tile on a TPU or Hopper GPU, else 1.
 
     Raises ValueError for an empty or non-integer array, and for a row multiple below 1.
     """

@@ -1,6 +1,7 @@
 """The Hopper kernels: values and gradients against the reference, what must not leak, what must not be computed, what compiles.
 
-Run by the interpreter, and on the GPU itself where the default device is a Hopper: JAX_PLATFORMS=cuda pytest tests/pallas_kernels/test_gpu.py
+Run by the interpreter, and on the GPU itself where the default device is a Hopper:
+    JAX_PLATFORMS=cuda pytest --slow tests/pallas_kernels/test_gpu.py
 """
 
 from __future__ import annotations
