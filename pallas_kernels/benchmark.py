@@ -2,6 +2,7 @@
 
     python -m pallas_kernels.benchmark [--tokens 4096] [--width 2048] [--inner 8192] [--dtype bfloat16] [--out times.json]
     python -m pallas_kernels.benchmark --static v6e:2x2 [--tokens 4096] [--out cycles.json]
+    python -m pallas_kernels.benchmark --aot h100 [--tokens 4096] [--out gpu_aot.json]    # the report of aot_gpu.py
 
 The first times every implementation that runs on this machine's device, forward and forward + backward with the first expert frozen, over
 shares of visual tokens; each is timed in turn with the others and the median counts. The second needs libtpu and no TPU: it prints the
@@ -33,9 +34,9 @@ from jax.experimental import topologies
 from jax.extend.core import ClosedJaxpr
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pallas_kernels import Routing, make_routing, reference, routed_swiglu, tpu
+from pallas_kernels import Routing, aot_gpu, make_routing, reference, routed_swiglu, tpu
 from pallas_kernels.api import IMPLEMENTATIONS
-from pallas_kernels.device import device_kind, tpu_generation
+from pallas_kernels.device import device_kind, hopper_cores, tpu_generation
 from pallas_kernels.vjp import to_slots, to_tokens
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -70,7 +71,8 @@ def measure(tokens: int, width: int, inner: int, dtype: str, rounds: int) -> lis
 
     x, dy = array(tokens, width), array(tokens, width)
     text, visual = ((array(width, inner), array(width, inner), array(inner, width)) for _ in range(2))
-    names = [i for i in IMPLEMENTATIONS if i != "pallas_tpu" or tpu_generation()]
+    here = {"pallas_tpu": tpu_generation(), "pallas_gpu": hopper_cores()}
+    names = [i for i in IMPLEMENTATIONS if here.get(i, True)]
     records = []
     for share in SHARES:
         expert = jnp.asarray(rng.permutation(np.arange(tokens) < share * tokens), jnp.int32)
@@ -215,9 +217,13 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--static", metavar="TOPOLOGY", help="v5e:2x2, v5p:2x2x1 or v6e:2x2")
+    parser.add_argument("--aot", choices=("h100",), help="registers, spills and shared memory of the GPU kernels; needs no GPU")
     parser.add_argument("--case", help="profile this one alone, in this process")
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     a = parser.parse_args()
+    if a.aot:
+        aot_gpu.show(a.tokens, a.width, a.inner, a.dtype, a.out)
+        return
     if a.static and a.static.split(":")[0] not in CHIPS:
         parser.error(f"--static {a.static}: the chip must be one of {', '.join(CHIPS)}, as in v5e:2x2")
     if a.case:
