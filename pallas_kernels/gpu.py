@@ -225,7 +225,7 @@ class Gpu:
     def _launch(
         self,
         name: str,
-        fetch: Callable[..., None],
+        fetch: Callable[..., Callable[..., None]],
         epilogue: Callable[..., tuple[jax.Array, ...]],
         *,
         inputs: tuple[jax.Array, ...],
@@ -260,7 +260,7 @@ class Gpu:
             row_tiles, steps = extent(refs)
             steps = jnp.int32(steps)
 
-            def each_tile(do: Callable[..., None]) -> jax.Array:
+            def each_tile(do: Callable[..., None]) -> Any:
                 """do(steps before, row, column) for the tiles of this program: groups of columns, in them rows. Returns all steps."""
 
                 @plgpu.nd_loop((row_tiles * column_tiles,), collective_axes="core", init_carry=jnp.int32(0))
@@ -333,7 +333,7 @@ class Gpu:
                         return [acc[...] for acc in accs]
 
                     read(0)
-                    products = pl.run_scoped(multiply, *[plgpu.ACC((HALF, columns), f32)] * accumulators)
+                    products = pl.run_scoped(multiply, *[plgpu.WGMMAAccumulatorRef((HALF, columns), f32)] * accumulators)
                     for i in range(columns // chunk):
                         if narrow:
                             plgpu.barrier_wait(arrived.at[warpgroup])
