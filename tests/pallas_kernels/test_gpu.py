@@ -162,7 +162,7 @@ def test_in_scan_and_under_remat() -> None:
 @pytest.mark.slow
 def test_vmap_over_tokens() -> None:
     inputs = [make_inputs("linear", (20, 128, 128), "bfloat16", seed=s) for s in range(2)]
-    weights, x = inputs[0][1], np.stack([i[0] for i in inputs])
+    weights, x = jax.tree.map(jnp.asarray, inputs[0][1]), np.stack([i[0] for i in inputs])
 
     def run(x, implementation):
         routing = make_routing(jnp.asarray(np.arange(20, dtype=np.int32) % 2), row_multiple=GPU_ROWS)
