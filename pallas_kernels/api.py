@@ -8,13 +8,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import ragged, reference, tpu, vjp
-from pallas_kernels.device import device_kind, tpu_generation
+from pallas_kernels import gpu, ragged, reference, tpu, vjp
+from pallas_kernels.device import device_kind, hopper_cores, tpu_generation
 from pallas_kernels.routing import SMALL, Routing
 from pallas_kernels.xla import Xla
 
-Implementation = Literal["reference", "xla", "ragged", "pallas_tpu"]
-IMPLEMENTATIONS = ("reference", "xla", "ragged", "pallas_tpu")
+Implementation = Literal["reference", "xla", "ragged", "pallas_tpu", "pallas_gpu"]
+IMPLEMENTATIONS = ("reference", "xla", "ragged", "pallas_tpu", "pallas_gpu")
 
 
 def _check(x: jax.Array, routing: Routing | None, expert: int | None, num_experts: int, name: str, weights: Any) -> None:
@@ -52,14 +52,22 @@ def _choose(implementation: Implementation | None, x: jax.Array, widths: tuple[i
     tokens = x.shape[0]
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"implementation is {implementation!r}; use None or one of {', '.join(map(repr, IMPLEMENTATIONS))}")
-    generation = tpu_generation()
-    why_not = None if generation or interpret else f"this program is traced for {device_kind()!r}; use 'xla', or interpret=True in a test"
-    why_not = why_not or tpu.unsupported(generation or "v5e", routing.block_rows, widths, x.dtype)
-    if implementation is None:
-        implementation = "reference" if tokens < SMALL else "xla" if why_not or not generation else "pallas_tpu"
-    if implementation == "pallas_tpu" and why_not:
-        raise ValueError(f"{name}: pallas_tpu cannot run on x {x.shape}: {why_not}")
-    return implementation, {"xla": Xla(), "pallas_tpu": tpu.Tpu(generation or "v5e", interpret)}.get(implementation)
+    generation, cores = tpu_generation(), hopper_cores()
+    why_not = {
+        "pallas_tpu": tpu.unsupported(generation or "v5e", routing.block_rows, widths, x.dtype),
+        "pallas_gpu": gpu.unsupported(routing.block_rows, widths, x.dtype),
+    }
+    if implementation is None:  # pallas_gpu only by name: no GPU has run it yet
+        on_tpu = generation and not why_not["pallas_tpu"]
+        implementation = "reference" if tokens < SMALL else "pallas_tpu" if on_tpu else "xla"
+    here = {"pallas_tpu": generation, "pallas_gpu": cores}.get(implementation, True)
+    reason = why_not.get(implementation)
+    if not here and not interpret:
+        reason = f"this program is traced for {device_kind()!r}; use 'xla', or interpret in a test"
+    if reason:
+        raise ValueError(f"{name}: {implementation} cannot run on x {x.shape}: {reason}")
+    backends = {"xla": Xla(), "pallas_tpu": tpu.Tpu(generation or "v5e", interpret), "pallas_gpu": gpu.Gpu(cores or 2, interpret)}
+    return implementation, backends.get(implementation)
 
 
 def routed_linear(
@@ -80,8 +88,10 @@ def routed_linear(
       routing: from `make_routing`, or None when `expert` names the expert of all tokens: then this is a plain matmul.
       biases: one [M] or None per expert.
       implementation: None takes the fastest that runs: 'pallas_tpu' on a TPU, 'xla' elsewhere, 'reference' for few tokens.
+        'pallas_gpu' is taken by name alone, until it has run on a GPU.
       expert: which expert serves all tokens, when routing is None.
-      interpret: True or `pltpu.InterpretParams` runs 'pallas_tpu' without a TPU, for tests.
+      interpret: True or `pltpu.InterpretParams` runs 'pallas_tpu' without a TPU, `InterpretGPUParams` 'pallas_gpu' without a GPU, for
+        tests.
 
     Returns [..., M] in the dtype of x. Raises ValueError when shapes disagree, or the chosen implementation cannot run.
     """
@@ -124,10 +134,12 @@ def routed_swiglu(
       experts: (gate [D, F], up [D, F], down [F, D]) per expert; cast to the dtype of x.
       routing: from `make_routing`, or None when `expert` names the expert of all tokens: then these are plain matmuls.
       implementation: None takes the fastest that runs: 'pallas_tpu' on a TPU, 'xla' elsewhere, 'reference' for few tokens.
+        'pallas_gpu' is taken by name alone, until it has run on a GPU.
       biases: (of gate [F], of up [F], of down [D]) per expert, each may be None. With them the layer is three `routed_linear`.
       token_gates: (kernel [D, 1], bias [1] or None) per expert: y[t] is multiplied by sigmoid(x[t] @ kernel + bias) (BREEN).
       expert: which expert serves all tokens, when routing is None.
-      interpret: True or `pltpu.InterpretParams` runs 'pallas_tpu' without a TPU, for tests.
+      interpret: True or `pltpu.InterpretParams` runs 'pallas_tpu' without a TPU, `InterpretGPUParams` 'pallas_gpu' without a GPU, for
+        tests.
 
     Returns [..., D] in the dtype of x. Raises ValueError when shapes disagree, or the chosen implementation cannot run.
     """

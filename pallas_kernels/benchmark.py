@@ -2,6 +2,7 @@
 
     python -m pallas_kernels.benchmark [--tokens 4096] [--width 2048] [--inner 8192] [--dtype bfloat16] [--out times.json]
     python -m pallas_kernels.benchmark --static v6e:2x2 [--tokens 4096] [--out cycles.json]
+    python -m pallas_kernels.benchmark --aot h100 [--tokens 4096] [--out gpu_aot.json]    # the report of aot_gpu.py
 
 The first times every implementation that runs on this machine's device, forward and forward + backward with the first expert frozen, over
 shares of visual tokens; each is timed in turn with the others and the median counts. The second needs libtpu and no TPU: it prints the
@@ -36,9 +37,9 @@ from jax.experimental import topologies
 from jax.extend.core import ClosedJaxpr
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pallas_kernels import make_routing, reference, routed_swiglu, tpu
+from pallas_kernels import aot_gpu, make_routing, reference, routed_swiglu, tpu
 from pallas_kernels.api import IMPLEMENTATIONS
-from pallas_kernels.device import device_kind, tpu_generation
+from pallas_kernels.device import device_kind, hopper_cores, tpu_generation
 from pallas_kernels.routing import TPU_ROWS
 from pallas_kernels.vjp import to_slots, to_tokens
 
@@ -75,7 +76,8 @@ def measure(tokens: int, width: int, inner: int, dtype: str, rounds: int) -> lis
 
     x, dy = array(tokens, width), array(tokens, width)
     text, visual = ((array(width, inner), array(width, inner), array(inner, width)) for _ in range(2))
-    names = [i for i in IMPLEMENTATIONS if i != "pallas_tpu" or tpu_generation()]
+    here = {"pallas_tpu": tpu_generation(), "pallas_gpu": hopper_cores() and dtype == "bfloat16"}
+    names = [i for i in IMPLEMENTATIONS if here.get(i, True)]
     records = []
     for share in SHARES:
         expert = jnp.asarray(rng.permutation(np.arange(tokens) < share * tokens), jnp.int32)
@@ -83,7 +85,9 @@ def measure(tokens: int, width: int, inner: int, dtype: str, rounds: int) -> lis
         for name in ["dense", *names]:
 
             def forward(x, visual, text, expert, name=name):
-                return dense(x, visual) if name == "dense" else routed_swiglu(x, (text, visual), make_routing(expert), name)  # type: ignore[arg-type]
+                if name == "dense":
+                    return dense(x, visual)
+                return routed_swiglu(x, (text, visual), make_routing(expert), name)  # type: ignore[arg-type]
 
             one, both = jax.jit(forward), jax.jit(with_gradient(forward))
             runs[name, "forward"] = lambda one=one, expert=expert: one(x, visual, text, expert)
@@ -160,7 +164,7 @@ def kernel_cases(generation: str, tokens: int, width: int, inner: int) -> dict[s
 
 
 def profile(topology: str, case: str, tokens: int, width: int, inner: int) -> dict[str, Any]:
-    """Cycles of each operation of one case, and the most VMEM of a kernel. libtpu reads its flags once: a process profiles one case."""
+    """Cycles of each operation of one case. libtpu reads its flags once: a process profiles one case."""
     generation = topology.split(":")[0]
     with tempfile.TemporaryDirectory() as folder:
         os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_static_llo_profile_to={folder}"
@@ -227,6 +231,8 @@ def ratios(result: dict[str, Any]) -> dict[str, float]:
     """Each pass over its dense floor: the kernels alone, and with routing and permutation. What has no estimate is left out."""
     total = {case: sum(r.values()) for case, r in result.items() if isinstance(r, dict)}
     floor = result["floor"]
+    if isinstance(floor, str):
+        return {}
     around = total.get("permutation", 0.0) + total.get("routing", 0.0)  # a word in place of a figure says that it is left out
     passes = {
         "forward": (("forward",), 1, floor["dense forward"]),
@@ -260,9 +266,13 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--static", metavar="TOPOLOGY", help="v5e:2x2, v5p:2x2x1 or v6e:2x2")
+    parser.add_argument("--aot", choices=("h100",), help="registers, spills and shared memory of the GPU kernels; needs no GPU")
     parser.add_argument("--case", help="profile this one alone, in this process")
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     a = parser.parse_args()
+    if a.aot:
+        aot_gpu.show(a.tokens, a.width, a.inner, a.dtype, a.out)
+        return
     if a.static and a.static.split(":")[0] not in CHIPS:
         parser.error(f"--static {a.static}: the chip must be one of {', '.join(CHIPS)}, as in v5e:2x2")
     if a.case:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import checkify
 
-from pallas_kernels.device import tpu_generation
+from pallas_kernels.device import hopper_cores, tpu_generation
 
 BLOCKS = 16
 """A row count is rounded up to a sixteenth of the token count: two experts then waste less than an eighth of it."""
@@ -27,6 +27,9 @@ TPU_ROWS = {"v5e": 512, "v5p": 512, "v6e": 1024}
 """The most rows that a kernel's tile has on a TPU, by generation; 512 on others. A block is a multiple of the tile (docs/kernels.md)."""
 
 TPU_LEAST_ROWS = 128
+
+GPU_ROWS = 128
+"""The rows of a kernel's tile on a Hopper GPU."""
 
 SMALL = 64
 """Below this many tokens sorting costs more than computing every expert on all of them (decode steps)."""
@@ -59,10 +62,10 @@ class Routing:
 
 
 def _row_multiple(tokens: int) -> int:
-    """A quarter of the tokens as a power of two, within the tiles of the TPU; 1 elsewhere."""
+    """A quarter of the tokens as a power of two, within the tiles of the TPU; the tile of a Hopper GPU; 1 elsewhere."""
     generation = tpu_generation()
     if generation is None:
-        return 1
+        return GPU_ROWS if hopper_cores() else 1
     return max(TPU_LEAST_ROWS, min(TPU_ROWS.get(generation, 512), 1 << (tokens // 4).bit_length()))
 
 
@@ -73,7 +76,7 @@ def make_routing(expert: jax.Array, num_experts: int = 2, row_multiple: int | No
       expert: integer array of any shape, the expert of each token in [0, num_experts), or -1 for none. It is flattened. Another number
         counts as none; under `jax.experimental.checkify.checkify` it is an error.
       num_experts: static.
-      row_multiple: static; the rows of a block are a multiple of it. None takes the tile of the kernels on a TPU and 1 elsewhere.
+      row_multiple: static; the rows of a block are a multiple of it. None takes the kernels' tile on a TPU or Hopper GPU, else 1.
 
     Raises ValueError for an empty or non-integer array, and for a row multiple below 1.
     """
