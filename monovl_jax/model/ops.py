@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels
-from monovl_jax.model.attention import packed_causal_attention
+from monovl_jax.model.attention import attention
 
 Remat = Literal["none", "save_projections", "full"]
 
@@ -35,7 +35,7 @@ class Ops:
     dtype: Any = jnp.float32
     remat: Remat = "none"
     implementation: pallas_kernels.Implementation | None = None
-    attention: Callable[..., jax.Array] = packed_causal_attention
+    attention: Callable[..., jax.Array] = attention
     make_routing: Callable[..., pallas_kernels.Routing] = pallas_kernels.make_routing
     routed_linear: Callable[..., jax.Array] = pallas_kernels.routed_linear
     routed_swiglu: Callable[..., jax.Array] = pallas_kernels.routed_swiglu
