@@ -35,6 +35,7 @@ test: install  ## run the tests (a few minutes; no accelerator, no torch)
 	$(PYTEST)
 
 test-all: install  ## run the tests and the slow ones
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev,aot]' -c constraints.txt
 	$(PYTEST) --slow
 
 lint: install  ## style, formatting and types

@@ -5,7 +5,7 @@ y = routed_linear(x, (text_kernel, visual_kernel), routing)
 y = routed_swiglu(x, (text_ffn, visual_ffn), routing)    # each ffn = (gate, up, down)
 """
 
-from pallas_kernels.api import routed_linear, routed_swiglu
+from pallas_kernels.api import Implementation, routed_linear, routed_swiglu
 from pallas_kernels.routing import Routing, make_routing
 
-__all__ = ["Routing", "make_routing", "routed_linear", "routed_swiglu"]
+__all__ = ["Implementation", "Routing", "make_routing", "routed_linear", "routed_swiglu"]

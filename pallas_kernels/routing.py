@@ -16,9 +16,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import checkify
+
+from pallas_kernels.device import hopper_cores, tpu_generation
 
 BLOCKS = 16
 """A row count is rounded up to a sixteenth of the token count: two experts then waste less than an eighth of it."""
+
+TPU_ROWS = {"v5e": 512, "v5p": 512, "v6e": 1024}
+"""The most rows that a kernel's tile has on a TPU, by generation; 512 on others. A block is a multiple of the tile (docs/kernels.md)."""
+
+TPU_LEAST_ROWS = 128
+
+GPU_ROWS = 128
+"""The rows of a kernel's tile on a Hopper GPU."""
 
 SMALL = 64
 """Below this many tokens sorting costs more than computing every expert on all of them (decode steps)."""
@@ -30,46 +41,70 @@ class Routing:
     """The sorted order of N tokens. Made by `make_routing`.
 
     expert: int32[N], the expert of each token, -1 for none (padding).
-    source: int32[S], the token in each slot; N where the slot is empty. S = (BLOCKS + num_experts) * block_rows.
+    source: int32[S], the token in each slot; N where the slot is empty. S = (max_blocks + num_experts - 1) * block_rows.
     slot:   int32[N], the slot of each token; S where it has none.
     blocks: int32[num_experts], how many blocks each expert owns.
+    counts: int32[num_experts], how many tokens each expert owns.
     """
 
     expert: jax.Array | Any  # Any: JAX rebuilds pytrees with placeholders in place of arrays
     source: jax.Array | Any
     slot: jax.Array | Any
     blocks: jax.Array | Any
+    counts: jax.Array | Any
     num_experts: int = dataclasses.field(metadata={"static": True})
+    block_rows: int = dataclasses.field(metadata={"static": True})
 
     @property
-    def block_rows(self) -> int:
-        return self.source.shape[0] // (BLOCKS + self.num_experts)
+    def max_blocks(self) -> int:
+        """The most blocks that one expert can own; all experts together own at most num_experts - 1 more."""
+        return -(-self.expert.shape[-1] // self.block_rows)
 
 
-def make_routing(expert: jax.Array, num_experts: int = 2) -> Routing:
+def _row_multiple(tokens: int) -> int:
+    """A quarter of the tokens as a power of two, within the tiles of the TPU; the tile of a Hopper GPU; 1 elsewhere."""
+    generation = tpu_generation()
+    if generation is None:
+        return GPU_ROWS if hopper_cores() else 1
+    return max(TPU_LEAST_ROWS, min(TPU_ROWS.get(generation, 512), 1 << (tokens // 4).bit_length()))
+
+
+def make_routing(expert: jax.Array, num_experts: int = 2, row_multiple: int | None = None) -> Routing:
     """Sorts tokens by expert.
 
     Args:
-      expert: integer array of any shape, the expert of each token in [0, num_experts), or -1 for none. It is flattened.
+      expert: integer array of any shape, the expert of each token in [0, num_experts), or -1 for none. It is flattened. Another number
+        counts as none; under `jax.experimental.checkify.checkify` it is an error.
       num_experts: static.
+      row_multiple: static; the rows of a block are a multiple of it. None takes the kernels' tile on a TPU or Hopper GPU, else 1.
 
-    Raises ValueError for an empty or non-integer array.
+    Raises ValueError for an empty or non-integer array, and for a row multiple below 1.
     """
+    if row_multiple is not None and row_multiple < 1:
+        raise ValueError(f"make_routing: row_multiple is {row_multiple}; give at least 1")
     if not jnp.issubdtype(expert.dtype, jnp.integer):
         raise ValueError(f"make_routing: expert ids have dtype {expert.dtype}; give integers")
     if expert.size == 0:
         raise ValueError(f"make_routing: no tokens (shape {expert.shape}); give at least one")
     expert = expert.reshape(-1).astype(jnp.int32)
+    checkify.debug_check(
+        jnp.all((expert >= -1) & (expert < num_experts)),
+        f"make_routing: expert ids must lie in -1 to {num_experts - 1}; they are {{low}} to {{high}}",
+        low=jnp.min(expert),
+        high=jnp.max(expert),
+    )
     tokens = expert.shape[0]
-    rows = -(-tokens // BLOCKS)
-    slots = (BLOCKS + num_experts) * rows
+    multiple = row_multiple or _row_multiple(tokens)
+    rows = -(-tokens // (BLOCKS * multiple)) * multiple
+    slots = (-(-tokens // rows) + num_experts - 1) * rows
 
     slot = jnp.full_like(expert, slots)
-    blocks, start = [], jnp.int32(0)
+    blocks, counts, start = [], [], jnp.int32(0)
     for e in range(num_experts):
         mine = expert == e
         slot = jnp.where(mine, start * rows + jnp.cumsum(mine, dtype=jnp.int32) - 1, slot)
-        blocks.append((jnp.sum(mine, dtype=jnp.int32) + rows - 1) // rows)
+        counts.append(jnp.sum(mine, dtype=jnp.int32))
+        blocks.append((counts[-1] + rows - 1) // rows)
         start = start + blocks[-1]
     source = jnp.full((slots,), tokens, jnp.int32).at[slot].set(jnp.arange(tokens, dtype=jnp.int32), mode="drop")
-    return Routing(expert, source, slot, jnp.stack(blocks), num_experts)
+    return Routing(expert, source, slot, jnp.stack(blocks), jnp.stack(counts), num_experts, rows)

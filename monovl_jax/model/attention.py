@@ -15,9 +15,55 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.device import tpu_generation
+
 PIECES, SMALLEST_PIECE = 8, 64
+"""Of `packed_causal_attention`."""
+
+SPLASH_TILE = 128
+"""Rows of a packed batch that a TPU's fused attention needs a multiple of."""
+
+
+def attention(
+    q: Float[Array, "b t k g e"], k: Float[Array, "b t k e"], v: Float[Array, "b t k e"], segments: Int[Array, "b t"]
+) -> Float[Array, "b t k g e"]:
+    """What fits the device that the program is traced for: `splash_attention` on a TPU, `packed_causal_attention` elsewhere."""
+    if tpu_generation() and q.shape[1] % SPLASH_TILE == 0:
+        return splash_attention(q, k, v, segments)
+    return packed_causal_attention(q, k, v, segments)
+
+
+def splash_attention(
+    q: Float[Array, "b t k g e"],
+    k: Float[Array, "b t k e"],
+    v: Float[Array, "b t k e"],
+    segments: Int[Array, "b t"],
+    interpret: bool = False,
+) -> Float[Array, "b t k g e"]:
+    """`packed_causal_attention` as JAX's fused TPU kernel, which reads segment numbers and never writes scores to memory.
+
+    Args:
+      interpret: runs the kernel without a TPU, for tests.
+
+    Raises ValueError when T is no multiple of SPLASH_TILE.
+    """
+    b, t, kv_heads, group, e = q.shape
+    if t % SPLASH_TILE:
+        raise ValueError(f"splash_attention: rows have {t} tokens; make them a multiple of {SPLASH_TILE}")
+    mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((t, t))] * (kv_heads * group))
+    kernel = splash_attention_kernel.make_splash_mha(mask, head_shards=1, q_seq_shards=1, interpret=interpret)
+
+    def by_row(x: jax.Array) -> jax.Array:
+        return x.reshape(b, t, -1, e).transpose(0, 2, 1, 3)
+
+    def one(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+        return kernel(q, k, v, segment_ids=splash_attention_kernel.SegmentIds(segments, segments))
+
+    out = jax.vmap(one)(by_row(q * e**-0.5), by_row(k), by_row(v), segments)
+    return out.transpose(0, 2, 1, 3).reshape(q.shape).astype(q.dtype)
 
 
 def packed_causal_attention(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels
-from monovl_jax.model.attention import packed_causal_attention
+from monovl_jax.model.attention import attention
 
 Remat = Literal["none", "save_projections", "full"]
 
@@ -26,12 +27,15 @@ class Ops:
 
     dtype: of activations and of the weights in a matmul; norms, softmax, rotary tables and logits are float32 regardless.
     remat: what the backward pass of a layer recomputes: nothing, all but attention output, gate and up, or everything.
+    implementation: of the routed layers (pallas_kernels.routed_swiglu): None takes the fastest that runs, the Pallas kernels on a TPU;
+      'xla' or 'reference' does without them.
     constrain: called as constrain(array, kind) with kind 'tokens' | 'logits' | 'heads'; a mesh places arrays there.
     """
 
     dtype: Any = jnp.float32
     remat: Remat = "none"
-    attention: Callable[..., jax.Array] = packed_causal_attention
+    implementation: pallas_kernels.Implementation | None = None
+    attention: Callable[..., jax.Array] = attention
     make_routing: Callable[..., pallas_kernels.Routing] = pallas_kernels.make_routing
     routed_linear: Callable[..., jax.Array] = pallas_kernels.routed_linear
     routed_swiglu: Callable[..., jax.Array] = pallas_kernels.routed_swiglu
@@ -40,3 +44,6 @@ class Ops:
     def __post_init__(self) -> None:
         if self.remat not in ("none", "save_projections", "full"):
             raise ValueError(f"remat is {self.remat!r}; use 'none', 'save_projections' or 'full'")
+        if self.implementation is not None:
+            for name in ("routed_linear", "routed_swiglu"):
+                object.__setattr__(self, name, functools.partial(getattr(self, name), implementation=self.implementation))

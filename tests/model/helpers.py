@@ -30,8 +30,7 @@ SORTED = Ops(
 
 def few_branches(monkeypatch: pytest.MonkeyPatch, blocks: int) -> None:
     """Fewer programs per switch of the sorted layers: the same code, compiled sooner."""
-    for module in ("routing", "xla"):
-        monkeypatch.setattr(f"pallas_kernels.{module}.BLOCKS", blocks)
+    monkeypatch.setattr("pallas_kernels.routing.BLOCKS", blocks)
 
 
 def tiny_with(experts: str = "ffn", **decoder: Any) -> ModelConfig:

@@ -1,11 +1,13 @@
 """Attention over packed rows against a loop over queries."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from monovl_jax.model.attention import by_head, cached_attention, packed_causal_attention
+from monovl_jax.model.attention import attention, by_head, cached_attention, packed_causal_attention, splash_attention
 from tests.quick import quick_jit
 
 attend, cached = quick_jit(packed_causal_attention), quick_jit(cached_attention)
@@ -99,3 +101,39 @@ def test_large_scores_do_not_overflow() -> None:
     q, k, v = qkv(2, 8)
     got = np.asarray(attend(q * 1e4, k * 1e4, v, SEGMENTS))
     assert np.isfinite(got).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [64, 128])
+def test_splash_equals_plain_attention(width: int) -> None:
+    """The TPU's kernel, run by the interpreter: values and gradients, packed rows with padding, grouped heads."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(1, 256, 2, *more, width)).astype(np.float32) for more in ((2,), (), ()))
+    segments = np.where(np.arange(256) < 100, 1, np.where(np.arange(256) < 240, 2, 0))[None].astype(np.int32)
+    valid = (segments > 0)[..., None, None, None]
+
+    def run(f, q, k, v):
+        return jnp.where(valid, f(q, k, v, jnp.asarray(segments)), 0)
+
+    def loss(f, *qkv):
+        out = run(f, *qkv)
+        return jnp.sum(out**2), out
+
+    def both(f):
+        return quick_jit(jax.value_and_grad(partial(loss, f), (0, 1, 2), has_aux=True))(q, k, v)
+
+    (_, got), got_grads = both(partial(splash_attention, interpret=True))
+    (_, want), want_grads = both(packed_causal_attention)
+    for a, b in zip((got, *got_grads), (want, *want_grads), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_a_tpu_takes_splash_where_tiles_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("monovl_jax.model.attention.tpu_generation", lambda: "v6e")
+    kernels = {}
+    for t in (128, 130):
+        q, k, v = (jax.ShapeDtypeStruct((1, t, *shape), jnp.float32) for shape in ((2, 3, 128), (2, 128), (2, 128)))
+        kernels[t] = str(jax.make_jaxpr(attention)(q, k, v, jax.ShapeDtypeStruct((1, t), jnp.int32))).count("pallas_call")
+    assert kernels == {128: 1, 130: 0}
+    with pytest.raises(ValueError, match="130 tokens; make them a multiple of 128"):
+        splash_attention(*map(jnp.asarray, (*qkv(1, 130), np.ones((1, 130), np.int32))))

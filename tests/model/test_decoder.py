@@ -221,3 +221,18 @@ def test_sorted_and_reference_layers_give_the_same_model(monkeypatch: pytest.Mon
     config = tiny_with("ffn+attention", attention_bias=True)
     params, batch = random_params(config), pack(config, [[sample(config, 9, 1, 0), sample(config, 20, 3, 1)]], slots=31, tiles=4)
     np.testing.assert_allclose(logits(config, params, batch, SORTED), logits(config, params, batch), atol=2e-5)
+
+
+def test_on_a_tpu_the_experts_are_pallas_kernels_unless_ops_says_otherwise() -> None:
+    config = tiny_with("ffn+attention", hidden_size=128, intermediate_size=256)
+    graphdef, params = abstract_model(config)
+    batch = pack(config, [[sample(config, 70, 1, 0)]], slots=96, tiles=1)
+    device = jax.sharding.AbstractDevice(device_kind="TPU v6 lite", num_cores=1, platform="tpu")
+
+    def kernels(ops: Ops) -> int:
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("chip",), abstract_device=device)):
+            return str(jax.make_jaxpr(lambda p, batch: nnx.merge(graphdef, p)(batch, ops)[0])(params, batch)).count("pallas_call[")
+
+    assert kernels(Ops()) == 3, "qkv, out and the FFN of the scanned layer"
+    assert kernels(Ops(implementation="xla")) == 0
+    assert kernels(dataclasses.replace(Ops(), implementation="reference")) == 0

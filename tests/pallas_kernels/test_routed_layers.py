@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 
 from pallas_kernels import make_routing, routed_linear, routed_swiglu
 from pallas_kernels.routing import SMALL
+from tests.pallas_kernels.helpers import LAYERS, TOLERANCE, close, make_inputs, masks, same, stack
 from tests.quick import compiler_options, quick_jit
 
-TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
-LAYERS = ("linear", "swiglu")
 IMPLEMENTATIONS = ("reference", "xla")
 SHAPES = ((1, 1, 1), (33, 5, 7), (100, 8, 12))
 """(tokens, width in, width inside or out); the last is the one most tests share."""
@@ -32,8 +31,7 @@ PROGRAMS = 4
 def few_programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Five programs per switch in place of seventeen: the same code, compiled in a third of the time. `all_programs` in a name: all."""
     if "all_programs" not in request.node.name:
-        for module in ("routing", "xla"):
-            monkeypatch.setattr(f"pallas_kernels.{module}.BLOCKS", PROGRAMS)
+        monkeypatch.setattr("pallas_kernels.routing.BLOCKS", PROGRAMS)
 
 
 def layer(kind: str, x: jax.Array, weights: Any, expert: jax.Array, implementation: str | None) -> jax.Array:
@@ -55,41 +53,7 @@ def compiled(kind: str, implementation: str):
     return quick_jit(run)
 
 
-def make_inputs(kind: str, shape: tuple[int, int, int], dtype: str = "float32", seed: int = 0, bias: bool = True):
-    """x, weights of both experts (float32, as masters are) and dy."""
-    (t, d, f), rng = shape, np.random.default_rng(seed)
-
-    def array(*shape: int) -> np.ndarray:
-        return (rng.normal(size=shape) * shape[0] ** -0.5).astype(np.float32)
-
-    one = (lambda: (array(d, f), array(f) if bias else None)) if kind == "linear" else (lambda: (array(d, f), array(d, f), array(f, d)))
-    x, dy = (rng.normal(size=(t, width)).astype(jnp.dtype(dtype)) for width in (d, f if kind == "linear" else d))
-    return x, (one(), one()), dy
-
-
-def close(got: Any, want: Any, relative: float) -> None:
-    """Every leaf to `relative` of its largest element."""
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert a.dtype == b.dtype and a.shape == b.shape
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        np.testing.assert_allclose(a, b, rtol=0, atol=relative * max(1e-3, np.abs(b).max(initial=0)))
-
-
-def same(got: Any, want: Any) -> None:
-    jax.tree.map(np.testing.assert_array_equal, got, want)
-
-
-MASKS = {
-    "random": np.random.default_rng(1).integers(-1, 2, BIG[0]),
-    "all_text": np.zeros(BIG[0]),
-    "all_visual": np.ones(BIG[0]),
-    "all_padding": np.full(BIG[0], -1),
-    "alternating": np.arange(BIG[0]) % 2,
-    "one_visual_token": np.arange(BIG[0]) == 41,
-    "one_token_in_padding": np.where(np.arange(BIG[0]) == 99, 1, -1),
-    "image_first_then_padding": np.repeat([1, 0, -1], [49, 42, 9]),
-}
+MASKS = masks(BIG[0])
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -199,10 +163,6 @@ def test_bad_rows_of_one_expert_stay_with_it(kind: str) -> None:
 # ---- under transformations -----------------------------------------------------------------------------------------------------------
 
 
-def stack(*trees: Any) -> Any:
-    return jax.tree.map(lambda *a: np.stack(a), *trees)
-
-
 def deep(kind: str, implementation: str | None, remat: bool, policy: Any = None):
     """(weights stacked over layers, x, expert) -> scalar; layers run by scan, residual, so that the depth matters."""
 
@@ -292,6 +252,47 @@ def test_no_bias_and_one_bias() -> None:
         close(got, want, 1e-5)
 
 
+@pytest.mark.parametrize("routed", [True, False])
+def test_biases_and_a_gate_per_token(routed: bool) -> None:
+    """Each expert's y = (silu(x gate + b) * (x up + b)) down + b, times sigmoid(x kernel + b); NaN stays where it is."""
+    x, experts, dy = make_inputs("swiglu", (24, 4, 6))
+    expert = np.random.default_rng(0).integers(-1, 2, 24).astype(np.int32) if routed else np.ones(24, np.int32)
+    rng = np.random.default_rng(1)
+    biases = tuple((rng.normal(size=6), None, rng.normal(size=4)) for _ in range(2))
+    gates = tuple((rng.normal(size=(4, 1)), rng.normal(size=1)) for _ in range(2))
+    biases, gates = jax.tree.map(lambda a: np.float32(a), (biases, gates))
+
+    def run(x, experts, biases, gates, dy):
+        routing = make_routing(jnp.asarray(expert)) if routed else None
+
+        def f(*a):
+            x, experts, biases, gates = a
+            return routed_swiglu(x, experts, routing, "xla", biases=biases, token_gates=gates, expert=None if routed else 1)
+
+        y, pull = jax.vjp(f, x, experts, biases, gates)
+        return y, pull(dy)
+
+    def plain(x, experts, biases, gates, dy):
+        def f(x, experts, biases, gates):
+            y = 0
+            for e, ((gate, up, down), (b, _, c), (kernel, k)) in enumerate(zip(experts, biases, gates, strict=True)):
+                one = ((jax.nn.silu(x @ gate + b) * (x @ up)) @ down + c) * jax.nn.sigmoid(x @ kernel + k)
+                y = y + jnp.where((expert == e)[:, None], one, 0)
+            return y
+
+        y, pull = jax.vjp(f, x, experts, biases, gates)
+        return y, pull(dy)
+
+    run = quick_jit(run)
+    got = run(x, experts, biases, gates, dy)
+    close(got, quick_jit(plain)(x, experts, biases, gates, dy), 1e-5)
+    nan = jax.tree.map(lambda a: np.full_like(a, np.nan), (experts[0], biases[0], gates[0]))
+    x[expert < 0], dy[expert < 0] = np.nan, np.nan
+    y, (dx, *dw) = run(x, (nan[0], experts[1]), (nan[1], biases[1]), (nan[2], gates[1]), dy)
+    mine = expert != 0
+    same((y[mine], dx[mine], [d[1] for d in dw]), (got[0][mine], got[1][0][mine], [d[1] for d in got[1][1:]]))
+
+
 @pytest.mark.parametrize(("tokens", "sorts"), [(SMALL - 1, False), (SMALL, True)])
 def test_few_tokens_are_not_sorted(tokens: int, sorts: bool) -> None:
     x, weights, _ = make_inputs("swiglu", (tokens, 2, 3))
@@ -343,7 +344,13 @@ def test_shapes_that_disagree() -> None:
     ffn = (k, k, k.T)
     for call, message in (
         (lambda: routed_linear(zeros(2, 4, 3), (k, k), routing), r"\(2, 4, 3\), 8 tokens.*made for 9"),
-        (lambda: routed_linear(zeros(0, 3), (k, k), routing), r"\(0, 3\), 0 tokens"),
+        (lambda: routed_linear(zeros(0, 3), (k, k), routing), r"\(0, 3\); give at least one token"),
+        (lambda: routed_linear(zeros(9, 3), (k, k.astype(int)), routing), "dtypes float32, int32; they must be real floating"),
+        (
+            lambda: routed_swiglu(zeros(9, 3), (ffn, ffn), routing, token_gates=((zeros(3, 1), None),)),
+            "token_gates have shapes .*each of 2",
+        ),
+        (lambda: routed_swiglu(zeros(9, 3), (ffn, ffn), routing, biases=((zeros(5), None, None),) * 2), r"biases have shapes .*\(4,\)"),
         (lambda: routed_linear(zeros(9, 3), (k, k, k), routing), "3 experts were given.*made for 2"),
         (lambda: routed_linear(zeros(9, 3), (k, zeros(3, 5)), routing), r"\(3, 4\), \(3, 5\)"),
         (lambda: routed_linear(zeros(9, 7), (k, k), routing), r"all must be \[7, M\]"),

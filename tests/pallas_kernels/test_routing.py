@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental import checkify
 
 from pallas_kernels import Routing, make_routing
 from pallas_kernels.routing import BLOCKS
@@ -35,7 +36,7 @@ def check(ids: np.ndarray, routing: Routing, num_experts: int) -> None:
     tokens, rows = len(ids), routing.block_rows
     source, slot, blocks = (np.asarray(a) for a in (routing.source, routing.slot, routing.blocks))
     slots = len(source)
-    assert slots == (BLOCKS + num_experts) * rows and rows == -(-tokens // BLOCKS)
+    assert rows == -(-tokens // BLOCKS) and slots == (routing.max_blocks + num_experts - 1) * rows
     np.testing.assert_array_equal(routing.expert, ids)
     np.testing.assert_array_equal(slot == slots, ids == -1)
     owned = np.flatnonzero(ids >= 0)
@@ -45,7 +46,7 @@ def check(ids: np.ndarray, routing: Routing, num_experts: int) -> None:
     for e in range(num_experts):
         mine = np.flatnonzero(ids == e)
         np.testing.assert_array_equal(slot[mine], start + np.arange(len(mine)), "in their order, from a block boundary on")
-        assert blocks[e] == -(-len(mine) // rows) <= BLOCKS
+        assert blocks[e] == -(-len(mine) // rows) <= routing.max_blocks <= BLOCKS
         start += blocks[e] * rows
     assert start <= slots
 
@@ -108,3 +109,25 @@ def test_a_routing_passes_through_jax_transformations() -> None:
 def test_errors(ids: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_routing(jnp.asarray(ids))
+
+
+@pytest.mark.parametrize("bad", [-2, 2])
+def test_an_unknown_expert_is_an_error_under_checkify(bad: int) -> None:
+    ids = np.array([0, 1, -1, 0], np.int32)
+    run = jax.jit(checkify.checkify(make_routing))
+    run(ids)[0].throw()
+    ids[1] = bad
+    with pytest.raises(checkify.JaxRuntimeError, match=r"expert ids must lie in -1 to 1; they are -?\d to \d"):
+        run(ids)[0].throw()
+    routing = compiled(2)(ids)
+    assert routing.slot[1] == len(routing.source), "elsewhere the token has no expert"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "slots"), [(1, 128, 256), (300, 128, 512), (4096, 1024, 5120), (16384, 1024, 17408), (65536, 4096, 69632)]
+)
+def test_blocks_on_a_tpu(tokens: int, rows: int, slots: int) -> None:
+    device = jax.sharding.AbstractDevice(device_kind="TPU v6 lite", num_cores=1, platform="tpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("chip",), abstract_device=device)):
+        routing = jax.eval_shape(make_routing, jax.ShapeDtypeStruct((tokens,), jnp.int32))
+    assert (routing.block_rows, routing.source.shape[0]) == (rows, slots)

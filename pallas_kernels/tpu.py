@@ -1,0 +1,440 @@
+"""Routed layers as grouped matmuls in Pallas Mosaic TPU kernels. docs/kernels.md draws the token order, the tiles and the grid.
+
+A kernel visits the row tiles in slot order, text first, then visual; a tile has one owner. Experts are separate operands: a step multiplies
+by the weights of its tile's owner, while the other expert's block stays where it is. An expert without tokens keeps its first block for the
+whole kernel, so no other block of it is read. In a tile that is only partly filled, sub-blocks without tokens are not computed. Weight
+gradients walk the tiles of one expert, in a kernel of their own.
+
+Products are accumulated in float32; every tile is added in the same order in every run. A third expert costs its blocks in VMEM and a
+branch in the kernel body, both of which follow from the length of the tuples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.routing import TPU_ROWS, Routing
+from pallas_kernels.vjp import Experts, Kernels
+
+COLUMNS = (1024, 512, 256, 128)
+INNER = 512
+"""The most columns of a block of the inner width, which a tile walks."""
+
+SUB_ROWS = 256
+"""Rows of a sub-block."""
+
+VMEM = {"v5e": 62 << 20, "v5p": 32 << 20, "v6e": 62 << 20}
+"""Bytes of VMEM for the blocks of a kernel and the compiler's temporaries, by generation; 32 MiB on others. XLA may put results of its own
+beyond these, and counts what the kernel takes on top, so this is half of the memory."""
+
+LANES = 128
+f32 = jnp.float32
+
+
+def _vmem(generation: str) -> int:
+    return VMEM.get(generation, 32 << 20)
+
+
+def unsupported(generation: str, rows: int, widths: Sequence[int], dtype: Any) -> str | None:
+    """Why the kernels cannot run on blocks of so many rows, these widths and this dtype, with the mend; None where they can."""
+    if dtype not in (jnp.bfloat16, jnp.float32):
+        return f"x has dtype {jnp.dtype(dtype).name}; cast it to bfloat16 or float32"
+    if any(width % LANES for width in widths):
+        return f"the widths {tuple(widths)} must be multiples of {LANES}; pad the weights"
+    if rows % _sublanes(dtype):
+        return f"the routing has blocks of {rows} rows, not a multiple of {_sublanes(dtype)}; give make_routing a row_multiple"
+    if max(widths) * LANES * 12 > _vmem(generation):
+        return f"a width of {max(widths)} does not fit in VMEM; split the layer"
+    return None
+
+
+def _sublanes(dtype: Any) -> int:
+    return 32 // jnp.dtype(dtype).itemsize
+
+
+class Place(NamedTuple):
+    """Where the experts' tokens are, per expert: the first tile, and the number of tokens. Scalars, in a kernel and around it."""
+
+    first: Sequence[Any]
+    count: Sequence[Any]
+
+    def valid(self, e: int, tile: Any, rows: int) -> Any:
+        """How many rows from the start of a tile on belong to expert e: none where it is 0 or less, or before the expert's first tile."""
+        return jnp.where(tile >= self.first[e], self.count[e] - (tile - self.first[e]) * rows, 0)
+
+    def tiles(self, e: int, rows: int) -> Any:
+        return (self.count[e] + rows - 1) // rows
+
+    def last(self, rows: int) -> Any:
+        """The last tile with tokens; idle steps read it again, but write their own: cores share the tiles."""
+        last = jnp.int32(0)
+        for e in range(len(self.first)):
+            last = jnp.where(self.count[e] > 0, self.first[e] + self.tiles(e, rows) - 1, last)
+        return last
+
+
+@dataclasses.dataclass(frozen=True)
+class Tpu:
+    """The backend of `vjp`.
+
+    generation: 'v5e', 'v5p', 'v6e' or another TPU; chooses the tiles.
+    interpret: False compiles; True or pltpu.InterpretParams runs the kernels on a CPU, for tests.
+    counts: the tokens of each expert, where a program is compiled for one given routing: the benchmark's estimate of cycles.
+    """
+
+    generation: str = "v5e"
+    interpret: Any = False
+    counts: tuple[int, ...] | None = None
+
+    def linear(self, x: jax.Array, kernels: Kernels, routing: Routing) -> jax.Array:
+        return self._grouped("linear", _matmul, routing, x, tuple((k,) for k in kernels))[0]
+
+    def linear_bwd(self, x: jax.Array, dy: jax.Array, kernels: Kernels, routing: Routing) -> tuple[jax.Array, Kernels]:
+        (dx,) = self._grouped("linear_dx", _matmul_t, routing, dy, tuple((k,) for k in kernels), transposed=True)
+        return dx, tuple(self._weight_gradients(x, (dy,), routing, e)[0] for e in range(len(kernels)))
+
+    def swiglu(self, x: jax.Array, experts: Experts, routing: Routing) -> jax.Array:
+        return self._reduced("ffn", _ffn, routing, (x,), (), experts, (1, 1, 0), x.shape[1])[0]
+
+    def swiglu_fwd(self, x: jax.Array, experts: Experts, routing: Routing) -> tuple[jax.Array, jax.Array, jax.Array]:
+        # two kernels, so that a backward pass that recomputes g and u does not recompute y
+        weights = tuple((gate, up) for gate, up, _ in experts)
+        h, g, u = self._grouped("gate_up", _gate_up, routing, x, weights, outputs=3)
+        (y,) = self._reduced("down", _down, routing, (), (h,), tuple((down,) for _, _, down in experts), (0,), x.shape[1])
+        return y, g, u
+
+    def swiglu_bwd(
+        self, x: jax.Array, g: jax.Array, u: jax.Array, dy: jax.Array, experts: Experts, routing: Routing
+    ) -> tuple[jax.Array, Experts]:
+        dx, h, dg, du = self._reduced("ffn_dx", _ffn_bwd, routing, (dy,), (g, u), experts, (1, 1, 0), x.shape[1], outputs=3)
+        gradients = []
+        for e in range(len(experts)):
+            dgate, dup = self._weight_gradients(x, (dg, du), routing, e)
+            gradients.append((dgate, dup, self._weight_gradients(h, (dy,), routing, e)[0]))
+        return dx, tuple(gradients)
+
+    # -- the three kernels ---------------------------------------------------------------------------------------------------------
+
+    def _grouped(
+        self,
+        name: str,
+        compute: Callable[..., tuple[jax.Array, ...]],
+        routing: Routing,
+        x: jax.Array,
+        weights: tuple[tuple[jax.Array, ...], ...],
+        outputs: int = 1,
+        transposed: bool = False,
+    ) -> tuple[jax.Array, ...]:
+        """`compute(row tile, the owner's weight blocks) -> output tiles`, for every tile, one block of columns after the other.
+
+        x: [S, K], read as whole rows. weights: [K, M] of each expert, or [M, K] if transposed. Outputs: [S, M]. A block of weights stays
+        for all tiles. Rows of sub-blocks that hold no token are left as they are in memory.
+        """
+        experts, per_expert = len(weights), len(weights[0])
+        k, m = weights[0][0].shape[::-1] if transposed else weights[0][0].shape
+        size = x.dtype.itemsize
+
+        def blocks(rows: int, columns: int) -> int:
+            return 2 * size * (experts * per_expert * k * columns + rows * k + outputs * rows * columns) + 8 * outputs * rows * columns
+
+        rows, columns, sub = self._tiles(routing, m, blocks)
+        tiles, steps = x.shape[0] // rows, m // columns
+
+        def body(place, x, *refs):
+            place, s = self._place(place, routing, rows), pl.program_id(1)
+            for e in range(experts):
+                ws, outs = refs[e * per_expert : (e + 1) * per_expert], refs[experts * per_expert :]
+
+                def tile(part, ws=ws, outs=outs):
+                    for out, result in zip(outs, compute(x[part], [w[...] for w in ws]), strict=True):
+                        out[part] = result.astype(out.dtype)
+
+                _filled_parts(place.valid(e, s, rows), rows, sub, rows // 2, tile)
+
+        def row_tile(n, s, place):
+            return jnp.minimum(s, self._place(place, routing, rows).last(rows)), 0
+
+        def weight_block(e, n, s, place):
+            place = self._place(place, routing, rows)
+            # the next block is on its way as soon as the expert's last tile is done, while others compute
+            done = (s - place.first[e]) * rows >= place.count[e]
+            block = jnp.where(place.count[e] == 0, 0, jnp.where(done, jnp.minimum(n + 1, steps - 1), n))
+            return (block, 0) if transposed else (0, block)
+
+        return self._call(
+            f"routed_{name}",
+            body,
+            routing,
+            rows,
+            grid=(steps, tiles),
+            semantics=("parallel", "arbitrary"),
+            operands=[(x, (rows, k), row_tile)]
+            + [
+                (w, (columns, k) if transposed else (k, columns), lambda n, s, p, e=e: weight_block(e, n, s, p))
+                for e in range(experts)
+                for w in weights[e]
+            ],
+            results=[((x.shape[0], m), (rows, columns), lambda n, s, place: (s, n))] * outputs,
+            dtype=x.dtype,
+            flops=2 * x.shape[0] * k * m * per_expert,
+            moved=x.size * steps + outputs * x.shape[0] * m + experts * per_expert * k * m,
+        )
+
+    def _reduced(
+        self,
+        name: str,
+        compute: Callable[..., tuple[tuple[jax.Array, ...], jax.Array]],
+        routing: Routing,
+        wide: tuple[jax.Array, ...],
+        narrow: tuple[jax.Array, ...],
+        weights: tuple[tuple[jax.Array, ...], ...],
+        axes: tuple[int, ...],
+        width: int,
+        outputs: int = 0,
+    ) -> tuple[jax.Array, ...]:
+        """`compute(wide tiles, narrow tiles, weight blocks) -> (narrow output tiles, part of the sum)`, summed over the inner width.
+
+        wide: [S, D], read once per tile. narrow: [S, F], F being the inner width that a tile walks in blocks. weights of each expert:
+        matrices with F on the axis that `axes` names. Returns the sum [S, width], then the narrow outputs [S, F].
+        """
+        experts, per_expert = len(weights), len(weights[0])
+        slots, dtype = routing.source.shape[0], weights[0][0].dtype
+        inner, size = weights[0][0].shape[axes[0]], weights[0][0].dtype.itemsize
+
+        def blocks(rows: int, columns: int) -> int:
+            weight = sum(w.size // inner for ws in weights for w in ws) * columns
+            activations = rows * (sum(a.shape[1] for a in wide) + width + (len(narrow) + outputs) * columns)
+            return 2 * size * (weight + activations) + 4 * rows * (width + 3 * columns)
+
+        rows, columns, sub = self._tiles(routing, inner, blocks, most=INNER)
+        tiles, steps = slots // rows, inner // columns
+
+        def body(place, *refs):
+            place, s, f = self._place(place, routing, rows), tiles - 1 - pl.program_id(0), pl.program_id(1)
+            wide_refs, refs = refs[: len(wide)], refs[len(wide) :]
+            narrow_refs, refs = refs[: len(narrow)], refs[len(narrow) :]
+            weight_refs, (y, *outs, total) = refs[: experts * per_expert], refs[experts * per_expert :]
+
+            @pl.when(f == 0)
+            def _():
+                total[...] = jnp.zeros_like(total)
+
+            for e in range(experts):
+                ws = weight_refs[e * per_expert : (e + 1) * per_expert]
+
+                def tile(part, ws=ws):
+                    results, term = compute([r[part] for r in wide_refs], [r[part] for r in narrow_refs], [w[...] for w in ws])
+                    for out, result in zip(outs, results, strict=True):
+                        out[part] = result.astype(out.dtype)
+                    total[part] += term
+
+                _filled_parts(place.valid(e, s, rows), rows, sub, rows // 2, tile)
+
+            @pl.when(f == steps - 1)
+            def _():
+                y[...] = total[...].astype(y.dtype)
+
+        # From the last tile to the first: two cores halve the tiles, the first has one more if they are odd, and idle tiles are the last.
+        def read(s, f, place):
+            last = self._place(place, routing, rows).last(rows)
+            return jnp.minimum(tiles - 1 - s, last), jnp.where(tiles - 1 - s > last, 0, f)
+
+        def weight_block(e, axis, s, f, place):
+            place = self._place(place, routing, rows)
+            done = (tiles - 1 - s < place.first[e]) & (place.count[e] > 0)
+            block = jnp.where(done, steps - 1, jnp.where(place.valid(e, tiles - 1 - s, rows) > 0, f, 0))
+            return (0, block) if axis else (block, 0)
+
+        def weight_shape(w, axis):
+            return (w.shape[0], columns) if axis else (columns, w.shape[1])
+
+        y, *narrow_out = self._call(
+            f"routed_{name}",
+            body,
+            routing,
+            rows,
+            grid=(tiles, steps),
+            semantics=("parallel", "arbitrary"),
+            operands=[(a, (rows, a.shape[1]), lambda s, f, place: (read(s, f, place)[0], 0)) for a in wide]
+            + [(a, (rows, columns), read) for a in narrow]
+            + [
+                (w, weight_shape(w, axis), lambda s, f, p, e=e, axis=axis: weight_block(e, axis, s, f, p))
+                for e in range(experts)
+                for w, axis in zip(weights[e], axes, strict=True)
+            ],
+            results=[((slots, width), (rows, width), lambda s, f, place: (tiles - 1 - s, 0))]
+            + [((slots, inner), (rows, columns), lambda s, f, place: (tiles - 1 - s, f))] * outputs,
+            dtype=dtype,
+            scratch=[pltpu.VMEM((rows, width), f32)],
+            flops=2 * slots * sum(w.size for w in weights[0]),
+            moved=sum(a.size for a in wide + narrow) + slots * (width + outputs * inner) + tiles * sum(w.size for w in weights[0]),
+        )
+        return (y, *narrow_out)
+
+    def _weight_gradients(self, x: jax.Array, dys: tuple[jax.Array, ...], routing: Routing, expert: int) -> list[jax.Array]:
+        """x^T @ dy [K, M] for every dy [S, M], over the tiles of one expert; zero where it has none.
+
+        Empty slots of x and of dy are never both non-zero, and sub-blocks without tokens, which may hold anything, are not read.
+        """
+        (_, k), m, size = x.shape, dys[0].shape[1], x.dtype.itemsize
+        tk, tm = (next(c for c in COLUMNS if width % c == 0) for width in (k, m))
+
+        def blocks(rows: int, columns: int) -> int:
+            return 2 * size * rows * (tk + columns * len(dys)) + len(dys) * tk * columns * (4 + 4 + 2 * size)
+
+        rows, tm, sub = self._tiles(routing, m, blocks)
+        steps = pl.cdiv(routing.expert.shape[0], rows)
+
+        def body(place, x, *refs):
+            place, s = self._place(place, routing, rows), pl.program_id(2)
+            dy_refs, dw_refs, totals = refs[: len(dys)], refs[len(dys) : 2 * len(dys)], refs[2 * len(dys) :]
+
+            @pl.when(s == 0)
+            def _():
+                for total in totals:
+                    total[...] = jnp.zeros_like(total)
+
+            def tile(part):
+                for total, dy in zip(totals, dy_refs, strict=True):
+                    total[...] += jax.lax.dot_general(x[part], dy[part], (((0,), (0,)), ((), ())), preferred_element_type=f32)
+
+            _filled_parts(place.count[expert] - s * rows, rows, sub, rows - sub + 1, tile)  # never a row that was not written
+
+            @pl.when(s == steps - 1)
+            def _():
+                for dw, total in zip(dw_refs, totals, strict=True):
+                    dw[...] = total[...].astype(dw.dtype)
+
+        def tile(s, place):
+            place = self._place(place, routing, rows)
+            return place.first[expert] + jnp.minimum(s, jnp.maximum(place.tiles(expert, rows) - 1, 0))
+
+        return list(
+            self._call(
+                "routed_weight_gradient",
+                body,
+                routing,
+                rows,
+                grid=(k // tk, m // tm, steps),
+                semantics=("parallel", "parallel", "arbitrary"),
+                operands=[(x, (rows, tk), lambda i, j, s, place: (tile(s, place), i))]
+                + [(dy, (rows, tm), lambda i, j, s, place: (tile(s, place), j)) for dy in dys],
+                results=[((k, m), (tk, tm), lambda i, j, s, place: (i, j))] * len(dys),
+                dtype=x.dtype,
+                scratch=[pltpu.VMEM((tk, tm), f32)] * len(dys),
+                flops=2 * routing.expert.shape[0] * k * m * len(dys),
+                moved=routing.expert.shape[0] * (k * (m // tm) + len(dys) * m * (k // tk)) + len(dys) * k * m,
+            )
+        )
+
+    def _call(
+        self, name, body, routing: Routing, rows: int, *, grid, semantics, operands, results, dtype, scratch=(), flops: int, moved: int
+    ) -> tuple[jax.Array, ...]:
+        """One kernel. operands: (array, block shape, index map); results: (shape, block shape, index map)."""
+        shapes = [shape for shape, _, _ in results]
+        first = (jnp.cumsum(routing.blocks) - routing.blocks) * (routing.block_rows // rows)
+        place = jnp.concatenate([first, routing.counts])
+        arrays = [place, *(a for a, _, _ in operands)]
+        if not self.interpret:
+            # XLA would keep an operand or a result in VMEM, beside the blocks of the kernel, and run out of it
+            arrays = [pltpu.with_memory_space_constraint(a, pltpu.HBM) for a in arrays]
+        return tuple(
+            pl.pallas_call(
+                body,
+                out_shape=[jax.ShapeDtypeStruct(s, dtype) if self.interpret else pltpu.HBM(s, dtype) for s in shapes],
+                grid_spec=pltpu.PrefetchScalarGridSpec(
+                    num_scalar_prefetch=1,
+                    grid=grid,
+                    in_specs=[pl.BlockSpec(block, index) for _, block, index in operands],
+                    out_specs=[pl.BlockSpec(block, index) for _, block, index in results],
+                    scratch_shapes=list(scratch),
+                ),
+                compiler_params=pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=_vmem(self.generation)),
+                cost_estimate=pl.CostEstimate(flops=flops, transcendentals=0, bytes_accessed=moved * jnp.dtype(dtype).itemsize),
+                name=name,
+                interpret=self.interpret,
+            )(*arrays)
+        )
+
+    def _place(self, place: Any, routing: Routing, rows: int) -> Place:
+        n = routing.num_experts
+        if self.counts is None:
+            return Place([place[e] for e in range(n)], [place[n + e] for e in range(n)])
+        first, blocks = [0], [-(-c // routing.block_rows) for c in self.counts]
+        for b in blocks[:-1]:
+            first.append(first[-1] + b * (routing.block_rows // rows))
+        return Place(first, list(self.counts))
+
+    def _tiles(self, routing: Routing, width: int, blocks: Callable[[int, int], int], most: int = COLUMNS[0]) -> tuple[int, int, int]:
+        """Rows and columns of a tile, and rows of a sub-block: of the tiles whose blocks fit into VMEM, the one that computes most for
+        each byte it moves. All kernels of a routing have the same sub-blocks, so that one reads only what another has written."""
+        largest = math.gcd(routing.block_rows, TPU_ROWS.get(self.generation, 512))
+        sub = math.gcd(largest, SUB_ROWS)
+        rows = [largest >> i for i in range(6) if largest >> i >= sub]
+        budget = _vmem(self.generation) * 7 // 8  # the rest is for the compiler's temporaries
+        fitting = [(r, c) for r in rows for c in COLUMNS if c <= most and width % c == 0 and blocks(r, c) <= budget]
+        if not fitting:
+            raise ValueError(f"no tile of {rows[-1]} rows of a width of {width} fits in VMEM; use another implementation")
+        return *max(fitting, key=lambda tile: 1 / (1 / tile[0] + 1 / tile[1])), sub
+
+
+def _filled_parts(valid: Any, rows: int, sub: int, whole_from: int, compute: Callable[[Any], None]) -> None:
+    """Runs `compute(row slice)` once on the whole tile if at least `whole_from` of its rows are valid, else on each sub-block with one."""
+    if sub == rows:
+        pl.when(valid > 0)(lambda: compute(pl.ds(0, rows)))
+        return
+    pl.when(valid >= whole_from)(lambda: compute(pl.ds(0, rows)))
+
+    @pl.when((valid > 0) & (valid < whole_from))
+    def _():
+        for start in range(0, rows, sub):
+            pl.when(valid > start)(partial(compute, pl.ds(start, sub)))
+
+
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.dot(a, b, preferred_element_type=f32)
+
+
+def _dot_t(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=f32)
+
+
+def _matmul(x, weights):
+    return (_dot(x, weights[0]),)
+
+
+def _matmul_t(x, weights):
+    return (_dot_t(x, weights[0]),)
+
+
+def _gate_up(x, weights):
+    g, u = _dot(x, weights[0]), _dot(x, weights[1])
+    return g * jax.nn.sigmoid(g) * u, g, u
+
+
+def _down(wide, narrow, weights):
+    return (), _dot(narrow[0], weights[0])
+
+
+def _ffn(wide, narrow, weights):
+    gate, up, down = weights
+    h = _gate_up(wide[0], (gate, up))[0]
+    return (), _dot(h.astype(wide[0].dtype), down)
+
+
+def _ffn_bwd(wide, narrow, weights):
+    (dy,), (g, u), (gate, up, down) = wide, (a.astype(f32) for a in narrow), weights
+    dh = _dot_t(dy, down)
+    s = jax.nn.sigmoid(g)
+    act = g * s
+    dg, du = ((dh * u * (s + act * (1 - s))).astype(dy.dtype), (dh * act).astype(dy.dtype))
+    return (act * u, dg, du), _dot_t(dg, gate) + _dot_t(du, up)
