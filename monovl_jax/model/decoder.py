@@ -92,9 +92,9 @@ def _expert_linear(x: jax.Array, text: Params, visual: Params | None, name: str,
 
     kernel, bias = parts(text)
     if routing is None or visual is None or name not in visual:
-        return linear(x, kernel, bias)
+        return ops.over_mesh(linear, name)(x, kernel, bias)
     visual_kernel, visual_bias = parts(visual)
-    return ops.routed_linear(x, (kernel, visual_kernel), routing, (bias, visual_bias))
+    return ops.over_mesh(ops.routed_linear, name)(x, (kernel, visual_kernel), routing, (bias, visual_bias))
 
 
 def attention_layer(
@@ -118,13 +118,14 @@ def attention_layer(
     qkv = ops.constrain(qkv, "heads")
     q, k = apply_rope(qkv[..., :g, :], table), apply_rope(qkv[..., g, :], table)
     v = qkv[..., g + 1, :]
+    attention = ops.over_mesh(ops.attention, "attention")
     if cache is None:
-        out, updated = ops.attention(q, k, v, segments, segments), None
+        out, updated = attention(q, k, v, segments, segments), None
     else:
         cached_k, cached_v, kv_segments, length = cache
         k = jax.lax.dynamic_update_slice_in_dim(cached_k, k.astype(cached_k.dtype), length, axis=1)
         v = jax.lax.dynamic_update_slice_in_dim(cached_v, v.astype(cached_v.dtype), length, axis=1)
-        out, updated = ops.attention(q, k.astype(q.dtype), v.astype(q.dtype), segments, kv_segments, length), (k, v)
+        out, updated = attention(q, k.astype(q.dtype), v.astype(q.dtype), segments, kv_segments, length), (k, v)
     out = checkpoint_name(out.reshape(b, t, d), "attention")
     return _expert_linear(out, text, visual, "out", routing, ops), updated
 
@@ -133,8 +134,8 @@ def mlp_layer(p: Params, x: Float[Array, "b t d"], routing: Routing | None, ops:
     """The feed-forward experts: every token goes through the one of its type (upstream modeling_internlm2_ve.py:690-706)."""
     text, visual = p["text"], p.get("visual")
     if routing is None or visual is None:
-        return swiglu(x, text["gate"], text["up"], text["down"])
-    return ops.routed_swiglu(x, tuple((w["gate"], w["up"], w["down"]) for w in (text, visual)), routing)
+        return ops.over_mesh(swiglu, "mlp")(x, text["gate"], text["up"], text["down"])
+    return ops.over_mesh(ops.routed_swiglu, "mlp")(x, tuple((w["gate"], w["up"], w["down"]) for w in (text, visual)), routing)
 
 
 def block(p: Params, h: Float[Array, "b t d"], table, segments, routing, cache, config: DecoderConfig, ops: Ops) -> tuple[jax.Array, Any]:

@@ -10,6 +10,7 @@ A batch is a part or a tuple of parts of different shapes (rows with pictures an
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from monovl_jax.model import VLM, Ops
+from monovl_jax.parallel.ops import mesh_ops
 from monovl_jax.parallel.sharding import batch_sharding, parameter_sharding, parameter_shardings, replicated
 from monovl_jax.training.lora import Lora, merged
 from monovl_jax.training.losses import weighted_nll
@@ -42,9 +44,8 @@ class BatchError(ValueError):
 def next_token_nll(model: VLM, part: Part, ops: Ops) -> Float[Array, ""]:
     """float32[]: sum over tokens of loss_weights * -log p(target). Logits are made for supervised tokens only."""
     hidden, _ = model(dict(part), ops)
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    targets, weights = part["targets"].reshape(-1), part["loss_weights"].reshape(-1)
-    return weighted_nll(rows, model.decoder.head_kernel(), targets, weights, model.config.decoder.vocab_size)
+    nll = ops.over_mesh(partial(weighted_nll, vocab_size=model.config.decoder.vocab_size), "nll")
+    return nll(hidden, model.decoder.head_kernel(), part["targets"], part["loss_weights"])
 
 
 def as_parts(batch: Batch) -> tuple[Part, ...]:
@@ -193,7 +194,7 @@ def make_train_step(
     Metrics stay on the device: loss, grad_norm (before clipping), learning_rate, weight (sum of loss weights) float32[]; part_losses
     float32[P]; supervised, tokens (not padding) int32[]. The same inputs give the same bits on CPU.
     """
-    places = parameter_shardings(trainable, mesh)
+    ops, places = mesh_ops(ops, mesh), parameter_shardings(trainable, mesh)
     states = optimizer_shardings(optimizer, trainable, mesh)
 
     def step(trainable: Tree, opt_state: Any, frozen: Tree, batch: Batch) -> tuple[Tree, Any, Metrics]:
