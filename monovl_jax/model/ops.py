@@ -32,8 +32,8 @@ class Ops:
     dtype: of activations and of the weights in a matmul; norms, softmax, rotary tables and logits are float32 regardless.
     remat: what the backward pass of a layer recomputes: nothing, all but attention output, gate and up, or everything.
     constrain: called as constrain(array, kind) with kind 'tokens' | 'logits' | 'heads'; a mesh places arrays there.
-    over_mesh: called as over_mesh(f, part), gives the function that computes f over a mesh; part is 'embedding' | 'routing' | 'qkv' |
-      'attention' | 'out' | 'mlp' | 'nll' (`parallel.ops` says what lies where).
+    over_mesh: called as over_mesh(f, part), gives the function that computes f over a mesh; part is 'vision' | 'projector_in' |
+      'projector_out' | 'embedding' | 'routing' | 'qkv' | 'attention' | 'out' | 'mlp' | 'nll' (`parallel.ops` says what lies where).
     """
 
     dtype: Any = jnp.float32

@@ -61,9 +61,11 @@ class VLM(nnx.Module):
     def visual_tokens(self, tiles: Num[Array, "b k h w 3"], ops: Ops) -> Float[Array, "b n d"]:
         """Tiles (uint8, or float32 normalised already) to K * tokens_per_tile visual tokens a row."""
         b, k = tiles.shape[:2]
+        graphdef, vision = nnx.split(self.vision)
+        patches = ops.over_mesh(lambda tiles, vision: nnx.merge(graphdef, vision)(tiles, ops.dtype), "vision")
 
         def run(tiles: jax.Array) -> jax.Array:
-            return self.projector(self.vision(tiles, ops.dtype))
+            return self.projector(patches(tiles, vision), ops)
 
         tokens = with_remat(run, ops)(tiles.reshape(b * k, *tiles.shape[2:]))
         return ops.constrain(tokens.reshape(b, -1, tokens.shape[-1]), "tokens")

@@ -1,6 +1,8 @@
 """The mesh-aware `Ops`: every part of the model that has weights or looks at several tokens, run on each device's own share.
 
     part        rows over data, fsdp     what `tensor` divides                   where partial results meet
+    vision      tiles -> patches         nothing (1.6M parameters)
+    projector   in and out: as qkv and out of attention
     embedding   tokens -> rows           the vocabulary [Vp, D]                  sum over tensor
     routing     indices of own rows      nothing
     qkv         x [B, T, D]              heads: kernel [D, kv * (g + 2) * e]     gradient of x: sum over tensor
@@ -13,8 +15,8 @@ Weights enter in pieces over `fsdp` and `tensor`, as `sharding.RULES` lays them.
 `fsdp`; so the gradient of a gather is a reduce-scatter, and a frozen weight has none. Every sum between devices is made in float32: gradients
 leave a device as float32, and so do the partial sums of `tensor`.
 
-Nothing here is partitioned by the compiler, which could not cut a Mosaic kernel; what has neither weights of the decoder nor a kernel (norms,
-rotary tables, the vision path) is, by the constraints.
+Nothing here is partitioned by the compiler, which could not cut a Mosaic kernel; what is left to it works on single tokens (norms, rotary
+tables, activations), where nothing moves.
 """
 
 from __future__ import annotations
@@ -37,6 +39,12 @@ from pallas_kernels import Routing
 
 GATHERED = "gathered"
 """Name of gathered weights for `jax.checkpoint`: never kept for the backward pass, which gathers them again."""
+
+COLUMNS = ("qkv", "projector_in")
+"""Parts whose kernel is divided by its columns: their output lies over `tensor`."""
+
+LINES = ("out", "projector_out")
+"""Parts whose kernel is divided by its lines: their input lies over `tensor`, and what devices compute are parts of a sum."""
 
 _COLUMNS, _LINES = P("fsdp", "tensor"), P("tensor", "fsdp")
 
@@ -74,7 +82,7 @@ class _OverMesh:
         return self.mesh.shape["tensor"]
 
     def __call__(self, f: Callable[..., Any], part: str) -> Callable[..., Any]:
-        run = {"embedding": self.embedding, "routing": self.routing, "attention": self.attention, "nll": self.nll}.get(part)
+        run = {"vision": self.vision, "embedding": self.embedding, "routing": self.routing, "attention": self.attention, "nll": self.nll}.get(part)
         return partial(self.layer, f, part) if run is None else partial(run, f)
 
     def constrain(self, x: jax.Array, kind: str) -> jax.Array:
@@ -98,6 +106,10 @@ class _OverMesh:
 
     # ---- the parts -----------------------------------------------------------------------------------------------------------------
 
+    def vision(self, f: Callable[..., jax.Array], tiles: jax.Array, parameters: Any) -> jax.Array:
+        """f(tiles [N, H, W, 3], parameters) -> [N, V, C]; parameters are whole everywhere."""
+        return self.shard(f, (P(ROWS), P()), P(ROWS))(tiles, parameters)
+
     def routing(self, f: Callable[..., Routing], expert: jax.Array) -> Routing:
         """A routing for the rows of each device: its indices count from the first of them."""
         return self.shard(f, P(ROWS), P(ROWS))(expert)
@@ -110,7 +122,7 @@ class _OverMesh:
     def layer(self, f: Callable[..., jax.Array], part: str, x: jax.Array, *rest: Any) -> jax.Array:
         """A projection or feed-forward, dense or routed: f(x, weights and a routing in any nesting) -> [B, T, M]."""
         specs = _layer_specs(part, rest)
-        summed = part != "qkv" and self.tensor > 1
+        summed = part not in COLUMNS and self.tensor > 1
         dtype = x.dtype
 
         def place(leaf: Any, spec: P) -> Any:
@@ -127,8 +139,8 @@ class _OverMesh:
         if not self.keep_gathered:
             run = jax.checkpoint(run, policy=jax.checkpoint_policies.save_anything_except_these_names(GATHERED), prevent_cse=False)
         heads = P(ROWS, None, "tensor")
-        in_spec, x = (heads, x) if part == "out" else (P(ROWS), self.wide(x))
-        out_spec = heads if part == "qkv" else P("tensor", ROWS) if summed else P(ROWS)
+        in_spec, x = (heads, x) if part in LINES else (P(ROWS), self.wide(x))
+        out_spec = heads if part in COLUMNS else P("tensor", ROWS) if summed else P(ROWS)
         y = self.shard(run, (in_spec, *specs), out_spec)(x, *rest)
         return y.sum(0).astype(dtype) if summed else y
 
@@ -173,10 +185,10 @@ def _layer_specs(part: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         if _is_routing(leaf):
             return P(ROWS)
         if leaf.ndim == 1:
-            return P("tensor") if part == "qkv" else P()
+            return P("tensor") if part in COLUMNS else P()
         number += 1
         down = part == "mlp" and number % 3 == 2  # gate, up, down of each expert
-        return _LINES if part == "out" or down else _COLUMNS
+        return _LINES if part in LINES or down else _COLUMNS
 
     return jax.tree.map(spec, arguments, is_leaf=_is_routing)
 
