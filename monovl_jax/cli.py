@@ -134,6 +134,10 @@ def train(
     checkpoint_every: int = 500,
     threads: int = 4,
     index_dir: Path | None = None,
+    mesh_data: Annotated[int, tyro.conf.arg(name="mesh.data")] = -1,
+    mesh_fsdp: Annotated[int, tyro.conf.arg(name="mesh.fsdp")] = 1,
+    mesh_tensor: Annotated[int, tyro.conf.arg(name="mesh.tensor")] = 1,
+    distributed: bool | None = None,
 ) -> int:
     """Train a recipe on your own pictures and conversations (docs/training.md). Rerun the same command to resume.
 
@@ -160,6 +164,10 @@ def train(
         checkpoint_every: steps between checkpoints.
         threads: that decode pictures; they change no batch.
         index_dir: where the indices of the data are kept, for several runs to share; in the run directory by default.
+        mesh_data: devices among which rows are divided and parameters copied (docs/parallelism.md); -1 takes what the others leave.
+        mesh_fsdp: devices among which rows and parameters are divided.
+        mesh_tensor: devices among which heads, hidden units and vocabulary are divided.
+        distributed: join the processes of other hosts before anything else; found out from the environment by default.
     """
     from monovl_jax.recipes import launch
 
@@ -185,6 +193,8 @@ def train(
             remat=remat,
             threads=threads,
             index_dir=index_dir,
+            mesh=(mesh_data, mesh_fsdp, mesh_tensor),
+            distributed=distributed,
             say=lambda text: print(text, file=sys.stderr, flush=True),
         )
         records = job.check() if check else job.run(checkpoint_every)

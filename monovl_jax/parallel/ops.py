@@ -12,8 +12,8 @@
     nll         h [B, T, D]              the vocabulary of the head [D, Vp]      inside `losses.weighted_nll`
 
 Weights enter in pieces over `fsdp` and `tensor`, as `sharding.RULES` lays them. They are cast to the compute dtype, then gathered over
-`fsdp`; so the gradient of a gather is a reduce-scatter, and a frozen weight has none. Every sum between devices is made in float32: gradients
-leave a device as float32, and so do the partial sums of `tensor`.
+`fsdp`; so the gradient of a gather is a reduce-scatter, and a frozen weight has none. Every sum between devices is made in float32:
+gradients leave a device as float32, and so do the partial sums of `tensor`.
 
 Nothing here is partitioned by the compiler, which could not cut a Mosaic kernel; what is left to it works on single tokens (norms, rotary
 tables, activations), where nothing moves.
@@ -82,7 +82,13 @@ class _OverMesh:
         return self.mesh.shape["tensor"]
 
     def __call__(self, f: Callable[..., Any], part: str) -> Callable[..., Any]:
-        run = {"vision": self.vision, "embedding": self.embedding, "routing": self.routing, "attention": self.attention, "nll": self.nll}.get(part)
+        run = {
+            "vision": self.vision,
+            "embedding": self.embedding,
+            "routing": self.routing,
+            "attention": self.attention,
+            "nll": self.nll,
+        }.get(part)
         return partial(self.layer, f, part) if run is None else partial(run, f)
 
     def constrain(self, x: jax.Array, kind: str) -> jax.Array:

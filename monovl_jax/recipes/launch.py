@@ -19,12 +19,14 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 import monovl_jax.recipes
 from monovl_jax.config import ConfigError, ModelConfig, config_to_json, read_config
@@ -40,13 +42,16 @@ from monovl_jax.data.sources import BadSamples, Encoding, First
 from monovl_jax.data.tiling import TilingConfig
 from monovl_jax.data.tokenizer import Tokenizer
 from monovl_jax.model import Ops
+from monovl_jax.parallel import hosts
+from monovl_jax.parallel.hosts import HostsError, in_turn
+from monovl_jax.parallel.mesh import MeshError, make_mesh, row_share
 from monovl_jax.recipes.feed import Feed
 from monovl_jax.training import checkpoint
 from monovl_jax.training.checkpoint import RunError, StageStore, load_run, read_experiment, read_recipe
-from monovl_jax.training.loop import Records, TrainingError, train
+from monovl_jax.training.loop import Records, TrainingError, check_mesh, train
 from monovl_jax.training.stages import Recipe, RecipeError, Stage
 from monovl_jax.training.step import BatchError
-from monovl_jax.training.trainable import Initial, TrainableError
+from monovl_jax.training.trainable import Initial, TrainableError, Tree
 
 DEFAULT_NAME = "recipe"
 """What is looked for in a module or file when no name is given."""
@@ -57,6 +62,10 @@ INDEXING_INTERVAL = 5.0
 """Seconds between two lines about an index in the making."""
 
 Say = Callable[[str], None]
+
+
+def _silent(text: str) -> None:
+    del text
 
 
 class LaunchError(ValueError):
@@ -73,6 +82,8 @@ EXPECTED_ERRORS = (
     TrainableError,
     TrainingError,
     BatchError,
+    MeshError,
+    HostsError,
     SampleError,
     OSError,
 )
@@ -189,10 +200,11 @@ def adapted(recipe: Recipe, stages: Sequence[str] = (), steps: int | None = None
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """Weights to begin with. words: for people. identity: JSON value that tells these weights from others."""
+    """Weights to begin with. load: reads them, onto the mesh where the format can be read in pieces. words: for people.
+    identity: JSON value that tells these weights from others."""
 
     config: ModelConfig
-    load: Initial
+    load: Callable[[Mesh], Tree]
     words: str
     identity: Any
 
@@ -212,7 +224,7 @@ def find_start(path: Path, stage: str | None = None) -> Start:
             which = f"stage {chosen!r} has not finished" if chosen else "no stage has finished"
             raise RunError(f"{path}: {which}; finished: {', '.join(finished) or 'none'}")
         digest = read_experiment(path)["digest"]
-        return Start(recipe.model, lambda: load_run(path, chosen)[1], f"{path} after {chosen}", {"run": digest, "stage": chosen})
+        return Start(recipe.model, lambda mesh: load_run(path, chosen, mesh)[1], f"{path} after {chosen}", {"run": digest, "stage": chosen})
     if stage is not None:
         raise ConfigError(f"{path} is a model folder, not a run; it has no stage {stage!r}")
     config = read_config(path)
@@ -220,11 +232,11 @@ def find_start(path: Path, stage: str | None = None) -> Start:
         read_marker(path)
         files = sorted(file for file in (path / PARAMS).rglob("*") if file.is_file())
         digest = hashlib.sha256("".join(f"{file.name}{file_digest(file, blocks=4)}" for file in files).encode()).hexdigest()[:16]
-        return Start(config, lambda: load_imported(path, config), str(path), {"imported": digest})
+        return Start(config, lambda mesh: load_imported(path, config, mesh), str(path), {"imported": digest})
     check_names(WeightFiles(path), config)
     files = sorted(file for pattern in ("*.safetensors", "pytorch_model*.bin") for file in path.glob(pattern))
     digest = hashlib.sha256("".join(f"{file.name}{file_digest(file)}" for file in files).encode()).hexdigest()[:16]
-    return Start(config, lambda: load_weights(path, config), str(path), {"weights": digest})
+    return Start(config, lambda mesh: load_weights(path, config), str(path), {"weights": digest})
 
 
 def check_start(config: ModelConfig, start: Start) -> None:
@@ -394,6 +406,7 @@ class Launch:
     ops: Ops
     initial: Initial | None
     identity: dict[str, Any]
+    mesh: Mesh
     say: Say
 
     def __post_init__(self) -> None:
@@ -444,6 +457,7 @@ class Launch:
             initial=self.initial,
             ops=self.ops,
             frozen_dtype=self.ops.dtype,
+            mesh=self.mesh,
             identity=self.identity,
             checkpoint_every=checkpoint_every,
         )
@@ -509,12 +523,18 @@ def prepare(
     remat: str | None = None,
     threads: int = 4,
     index_dir: Path | None = None,
+    mesh: tuple[int, int, int] = (-1, 1, 1),
+    distributed: bool | None = None,
     say: Say = print,
 ) -> Launch:
-    """Everything up to the first step: recipe, weights, tokenizer and run directory checked, the data indexed. Compiles nothing.
+    """Everything up to the first step: recipe, weights, tokenizer, mesh and run directory checked, the data indexed. Compiles nothing.
 
-    See docs/training.md for the arguments, which are those of `monovl train`. Raises one of EXPECTED_ERRORS.
+    See docs/training.md for the arguments, which are those of `monovl train`; mesh: sizes of data, fsdp and tensor. On several hosts each
+    process calls this; process 0 alone speaks and makes the index. Raises one of EXPECTED_ERRORS.
     """
+    hosts.start(distributed)
+    if jax.process_index() > 0:
+        say = _silent
     start = None if init is None else find_start(init, init_stage)
     chosen = adapted(
         find_recipe(recipe, None if start is None else start.config),
@@ -531,6 +551,8 @@ def prepare(
     used = check_mixtures(chosen, sets, meta)
     for stage in chosen.stages:
         chosen.trainable_paths(stage)
+    grid = make_mesh(*mesh)
+    check_mesh(chosen, grid)
     if start is not None:
         check_start(chosen.model, start)
         chosen = dataclasses.replace(chosen, model=dataclasses.replace(chosen.model, upstream=start.config.upstream))
@@ -554,6 +576,9 @@ def prepare(
     names = ", ".join(f"{stage.name} ({stage.steps} steps)" for stage in chosen.stages)
     parameters = sum(math.prod(shape) for shape in upstream_shapes(chosen.model).values())  # without the padding of the vocabulary
     say(f"recipe {chosen.name}: {names}; {parameters:,} parameters; run directory {place}")
+    if grid.size > 1:
+        shape = ", ".join(f"{axis} {size}" for axis, size in grid.shape.items())
+        say(f"mesh {shape}: {grid.size} {jax.devices()[0].device_kind} devices of {jax.process_count()} processes")
     if start is None:
         say(f"warning: no --init, so the run starts from RANDOM weights (seed {chosen.seed})")
     else:
@@ -561,24 +586,21 @@ def prepare(
     if chosen.copy_experts_before:
         mark = "" if start is None else "warning: "  # whoever brings weights may have trained experts in them
         say(f"{mark}before {chosen.copy_experts_before} the visual experts are replaced by copies of the text experts, as the recipe says")
-    data = OwnData(
-        chosen.model,
-        words,
-        {name: sets[name] for name in sets if name in used},
-        BadSamples(place / BAD_SAMPLES),
-        index_dir or place / INDEX,
-        chosen.seed,
-        strict,
-        verify_images,
-        say,
-    )
-    feed = Feed(chosen.model.vision, words.id_of(IMAGE_CONTEXT), data, threads=threads)
-    for stage in chosen.stages:
-        try:
-            feed.pipelines(stage)
-        except SampleError:
-            raise
-        except ValueError as error:
-            raise LaunchError(f"stage {stage.name!r}: {error}") from None
+
+    def index() -> tuple[OwnData, Feed]:
+        used_sets, bad = {name: sets[name] for name in sets if name in used}, BadSamples(place / BAD_SAMPLES)
+        data = OwnData(chosen.model, words, used_sets, bad, index_dir or place / INDEX, chosen.seed, strict, verify_images, say)
+        feed = Feed(chosen.model.vision, words.id_of(IMAGE_CONTEXT), data, threads=threads, share=row_share(grid))
+        for stage in chosen.stages:
+            try:
+                feed.pipelines(stage)
+            except SampleError:
+                raise
+            except ValueError as error:
+                raise LaunchError(f"stage {stage.name!r}: {error}") from None
+        return data, feed
+
+    data, feed = in_turn(index)
     check_same_data(place, data.summary)
-    return Launch(chosen, place, feed, data, make_ops(dtype, remat), None if start is None else start.load, identity, say)
+    initial = None if start is None else partial(start.load, grid)
+    return Launch(chosen, place, feed, data, make_ops(dtype, remat), initial, identity, grid, say)

@@ -20,8 +20,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from monovl_jax.model import Ops
+from monovl_jax.parallel.hosts import in_turn
 from monovl_jax.parallel.mesh import make_mesh
-from monovl_jax.parallel.sharding import parameter_shardings
+from monovl_jax.parallel.sharding import check_rows, parameter_shardings, place_parameters
 from monovl_jax.training import checkpoint
 from monovl_jax.training.checkpoint import RunError, StageStore, abstract
 from monovl_jax.training.lora import adapter_shapes, init_adapters, merged
@@ -44,7 +45,8 @@ from monovl_jax.training.trainable import (
 MakeBatches = Callable[[Stage, int], Iterator[Batch]]
 """(stage, position) -> batches number `position`, position + 1, ... of the stage, one per step; they must last as long as it.
 
-A batch is a part or a tuple of parts, dicts of host arrays [rows, ...] (this process's rows; the loop cuts micro-batches)."""
+A batch is a part or a tuple of parts, dicts of host arrays [rows, ...] (this process's rows, `parallel.mesh.row_share`; the loop cuts
+micro-batches)."""
 
 Evaluate = Callable[[str, Any, Tree], Any]
 """(stage name, graphdef, parameters of the whole model) -> JSON value or None, kept in `done.json`."""
@@ -183,7 +185,7 @@ class _Run:
         elif parameters is None and self.initial is not None:
             parameters = self.initial()
             check_tree(parameters, self.structure.shapes, "initial parameters")
-            parameters = jax.device_put(parameters, self.shardings)
+            parameters = place_parameters(parameters, self.mesh)
         elif parameters is None:
             seed = self.recipe.seed
             parameters = jax.jit(lambda: random_parameters(self.recipe.model, seed), out_shardings=self.shardings)()
@@ -317,6 +319,14 @@ class _Run:
         return record
 
 
+def check_mesh(recipe: Recipe, mesh: Mesh) -> None:
+    """Raises MeshError when the mesh cannot divide the parameters of the model or the rows of a stage."""
+    parameter_shardings(model_structure(recipe.model).shapes, mesh)
+    for stage in recipe.stages:
+        for field, rows in (("batch_size", stage.batch_size), ("text_rows", stage.text_rows)):
+            check_rows(rows // stage.accumulation, f"stage {stage.name!r}: {field}", mesh)
+
+
 def train(
     recipe: Recipe,
     run_dir: str | Path,
@@ -356,8 +366,8 @@ def train(
     Returns {stage: record} as in `done.json`: steps, position, seconds, loss, and evaluation, evaluation_seconds when there is a callback.
 
     Raises, before anything compiles: RecipeError (a trainable regex that matches nothing, a bad interval), RunError (a directory of
-    another experiment, one in use), ValueError (a parameter that the mesh cannot divide). While training: TrainingError (a loss that is
-    not finite, data that ends), and whatever `make_batches` raises.
+    another experiment, one in use), MeshError (parameters or rows that the mesh cannot divide). While training: TrainingError (a loss that
+    is not finite, data that ends), and whatever `make_batches` raises.
     """
     ops = Ops() if ops is None else ops
     for name, value in (("checkpoint_every", checkpoint_every), ("keep", keep), ("log_every", log_every)):
@@ -366,12 +376,14 @@ def train(
     for stage in recipe.stages:
         recipe.trainable_paths(stage)
     mesh = make_mesh() if mesh is None else mesh
+    check_mesh(recipe, mesh)
     run_dir = Path(run_dir)
     run = _Run(
         recipe, run_dir, make_batches, evaluate, initial, ops, frozen_dtype, mesh, nll, checkpoint_every, keep, log_every, asynchronous
     )
     numbers = {"dtype": jnp.dtype(ops.dtype).name, "frozen_dtype": jnp.dtype(frozen_dtype).name, **(identity or {})}
-    checkpoint.claim_run(run_dir, checkpoint.experiment(recipe, numbers))
+    wanted = checkpoint.experiment(recipe, numbers)
+    in_turn(lambda: checkpoint.claim_run(run_dir, wanted))
     with checkpoint.run_lock(run_dir):
         return _train(run, progress, tensorboard)
 

@@ -95,7 +95,7 @@ def weighted_nll(
       h: final hidden states in the compute dtype.
       head: output projection over the padded vocabulary; columns from `vocab_size` on take no part.
       targets: int ids, already shifted. weights: float32; rows of weight 0 cost nothing.
-      axes: inside a `shard_map`, its mesh axes; the last divides the columns of `head`, the others rows. The sum is over this device's rows.
+      axes: inside a `shard_map`, its mesh axes; the last divides the columns of `head`, the others rows. The sum is over own rows.
 
     The forward pass computes the gradients along the way, so that logits are made once and never stored. A gradient nobody asks for
     (a frozen head) is removed by the compiler.

@@ -22,8 +22,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from monovl_jax.model import VLM, Ops
+from monovl_jax.parallel.mesh import row_share
 from monovl_jax.parallel.ops import mesh_ops
-from monovl_jax.parallel.sharding import batch_sharding, parameter_sharding, parameter_shardings, replicated
+from monovl_jax.parallel.sharding import batch_sharding, check_rows, parameter_sharding, parameter_shardings, replicated
 from monovl_jax.training.lora import Lora, merged
 from monovl_jax.training.losses import weighted_nll
 from monovl_jax.training.optimizer import Optimizer
@@ -69,22 +70,22 @@ def micro_batches(part: Mapping[str, np.ndarray], accumulation: int, name: str =
 
 
 def place_batch(batch: Batch, mesh: Mesh, accumulation: int = 1) -> tuple[dict[str, jax.Array], ...]:
-    """Host arrays to the mesh, rows divided over `data` and `fsdp`; every process gives its own rows.
+    """Host arrays to the mesh, rows divided over `data` and `fsdp`; every process gives its own rows (`parallel.mesh.row_share`).
 
-    Parts of [R, ...] are cut into `accumulation` micro-batches first. Raises BatchError when rows cannot be divided.
+    Parts of [R, ...] are cut into `accumulation` micro-batches first: BatchError when that does not divide the rows, MeshError when
+    the mesh does not divide those of a micro-batch.
     """
     sharding = batch_sharding(mesh, accumulation > 1)
-    groups = mesh.shape["data"] * mesh.shape["fsdp"]
+    axis, (_, shares) = (1 if accumulation > 1 else 0), row_share(mesh)
     placed = []
     for number, part in enumerate(as_parts(batch)):
         part = micro_batches(part, accumulation, f"part {number} of the batch")
-        rows = part["tokens"].shape[1 if accumulation > 1 else 0] * jax.process_count()
-        if rows % groups:
-            raise BatchError(
-                f"part {number} of the batch has {rows} rows a micro-batch, which {groups} devices (data * fsdp) cannot share equally; "
-                "change batch_size, accumulation or the mesh"
-            )
-        placed.append({key: jax.make_array_from_process_local_data(sharding, np.asarray(value)) for key, value in part.items()})
+        rows = part["tokens"].shape[axis] * shares
+        check_rows(rows, f"part {number} of the batch", mesh)
+        placed.append({})
+        for key, value in part.items():
+            shape = (*value.shape[:axis], rows, *value.shape[axis + 1 :])
+            placed[-1][key] = jax.make_array_from_process_local_data(sharding, np.asarray(value), shape)
     return tuple(placed)
 
 

@@ -51,7 +51,9 @@ def one_step(config: ModelConfig, sizes: tuple[int, int, int], ops: Ops, pattern
     _, state, metrics = step(trainable, state, frozen, place_batch(batch, mesh, 2))
     gradients: dict[str, Any] = flatten(state[0].trace)
     for path, leaf in gradients.items():
-        assert leaf.sharding.is_equivalent_to(shardings[path], leaf.ndim), f"{path}: state on {leaf.sharding}, parameter on {shardings[path]}"
+        assert leaf.sharding.is_equivalent_to(shardings[path], leaf.ndim), (
+            f"{path}: state on {leaf.sharding}, parameter on {shardings[path]}"
+        )
     return {"loss": np.asarray(metrics["loss"])} | {path: np.asarray(leaf) for path, leaf in gradients.items()}
 
 

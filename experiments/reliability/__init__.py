@@ -1,0 +1,1 @@
+"""Does a run survive what happens to runs."""
