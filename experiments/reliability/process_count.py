@@ -94,7 +94,7 @@ def worker(run: Path, sizes: tuple[int, int, int], part: int, die_at: int) -> No
                 file.flush()
                 yield batch
 
-    recipe = Recipe("numbered", dataclasses.replace(tiny(), max_tiles=1), (stage,))
+    recipe = Recipe("numbered", dataclasses.replace(tiny(), max_tiles=1), (stage,), copy_experts_before=stage.name)
     train(recipe, run, batches, mesh=mesh, checkpoint_every=SAVE_EVERY, progress=False, tensorboard=False)
 
 

@@ -35,11 +35,13 @@ from monovl_jax.training.trainable import (
     Tree,
     cast,
     check_tree,
+    flatten,
     initialise_experts,
     merge_trees,
     model_structure,
     random_parameters,
     split_tree,
+    unflatten,
 )
 
 MakeBatches = Callable[[Stage, int], Iterator[Batch]]
@@ -195,11 +197,16 @@ class _Run:
         return store.restore_final(checkpoint.final_target(store.final, self.recipe.model, self.mesh), self.recipe.model)
 
     def split(self, parameters: Tree, chosen: frozenset[str]) -> tuple[Tree, Tree]:
-        """(trainable float32 masters in buffers of their own, frozen leaves in the frozen dtype)."""
-        trainable, frozen = split_tree(parameters, chosen)
-        places = split_tree(self.shardings, chosen)
-        copied = jax.jit(lambda t: cast(t, jnp.float32, copy=True), out_shardings=places[0])(trainable)
-        return copied, jax.jit(lambda t: cast(t, self.frozen_dtype), out_shardings=places[1])(frozen)
+        """(trainable float32 masters in buffers of their own, frozen leaves in the frozen dtype). No more than one leaf is there twice."""
+        flat, masters, frozen = flatten(parameters), {}, {}
+        del parameters
+        for path in list(flat):
+            leaf = flat.pop(path)
+            if path in chosen:
+                masters[path] = cast(leaf, jnp.float32, copy=True)
+            else:
+                frozen[path] = cast(leaf, self.frozen_dtype)
+        return unflatten(masters), unflatten(frozen)
 
     def begin(self, stage: Stage, store: StageStore, optimizer: Optimizer) -> tuple[Tree, Any, Tree, dict[str, Any]]:
         """(trainable, opt_state, frozen, meta) to go on from: the last complete checkpoint, or the start of the stage."""
