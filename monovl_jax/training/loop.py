@@ -201,11 +201,12 @@ class _Run:
         flat, masters, frozen = flatten(parameters), {}, {}
         del parameters
         for path in list(flat):
-            leaf = flat.pop(path)
+            leaf = {path: flat.pop(path)}
             if path in chosen:
-                masters[path] = cast(leaf, jnp.float32, copy=True)
+                masters |= cast(leaf, jnp.float32, copy=True)
             else:
-                frozen[path] = cast(leaf, self.frozen_dtype)
+                frozen |= cast(leaf, self.frozen_dtype)
+            del leaf
         return unflatten(masters), unflatten(frozen)
 
     def begin(self, stage: Stage, store: StageStore, optimizer: Optimizer) -> tuple[Tree, Any, Tree, dict[str, Any]]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from types import SimpleNamespace
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from monovl_jax.config import tiny
 from monovl_jax.parallel import hosts
 from monovl_jax.parallel.hosts import HostsError, in_turn, several_hosts
-from monovl_jax.parallel.mesh import MeshError, device_grid, make_mesh, mesh_shape, row_share
+from monovl_jax.parallel.mesh import AXES, MeshError, device_grid, make_mesh, mesh_shape, row_share
 from monovl_jax.parallel.sharding import check_rows, parameter_sharding, place_parameters
 from monovl_jax.training.loop import check_mesh
 from tests.training.worlds import plain_parameters, recipe, stage
@@ -30,9 +30,10 @@ class Device:
     device_kind: str = "fake"
 
 
-def grid_of(shape: tuple[int, int, int], per_process: int) -> Any:
-    devices = np.array([Device(n, n // per_process) for n in range(int(np.prod(shape)))]).reshape(shape)
-    return SimpleNamespace(devices=devices, shape=dict(zip(("data", "fsdp", "tensor"), shape, strict=True)))
+def grid_of(shape: tuple[int, int, int], per_process: int = 1) -> Mesh:
+    """A mesh of devices that are not there."""
+    devices: Any = np.array([Device(n, n // per_process) for n in range(int(np.prod(shape)))]).reshape(shape)
+    return Mesh(devices, AXES)
 
 
 def test_sizes() -> None:
@@ -91,13 +92,11 @@ def test_processes_that_hold_uneven_blocks() -> None:
 
 
 def test_a_model_or_batch_that_the_mesh_cannot_divide() -> None:
-    four = SimpleNamespace(shape={"data": 1, "fsdp": 1, "tensor": 4})
     words = r"qkv has shape \[2, 64, 2, 4, 16\]; its dimension 2 cannot be divided over 4 devices of the mesh axis 'tensor': the 2 kv heads"
     with pytest.raises(MeshError, match=words):
-        parameter_sharding("decoder/blocks/attention/text/qkv", (2, 64, 2, 4, 16), four)  # type: ignore[arg-type]
-    eight = SimpleNamespace(shape={"data": 2, "fsdp": 4, "tensor": 1})
+        parameter_sharding("decoder/blocks/attention/text/qkv", (2, 64, 2, 4, 16), grid_of((1, 1, 4)))
     with pytest.raises(MeshError, match=r"'S2': batch_size has 4 rows a micro-batch, which 8 devices .* cannot share equally"):
-        check_rows(4, "stage 'S2': batch_size", eight)  # type: ignore[arg-type]
+        check_rows(4, "stage 'S2': batch_size", grid_of((2, 4, 1)))
     check_mesh(recipe(stages=(stage(),)), make_mesh())
 
 
