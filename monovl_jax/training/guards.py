@@ -68,7 +68,8 @@ def save_batch(folder: AnyPath, name: str, parts: Sequence[Mapping[str, Any]]) -
     folder.mkdir(parents=True, exist_ok=True)
     own = f".process_{jax.process_index()}" if jax.process_count() > 1 else ""
     path, data = folder / f"{name}{own}.npz", io.BytesIO()
-    np.savez(data, **{f"{number}.{key}": rows(value) for number, part in enumerate(parts) for key, value in part.items()})
+    arrays: dict[str, Any] = {f"{number}.{key}": rows(value) for number, part in enumerate(parts) for key, value in part.items()}
+    np.savez(data, **arrays)
     path.write_bytes(data.getvalue())
     return path
 

@@ -10,9 +10,9 @@ A row of `log.jsonl`:
 `step` counts from 1 in each stage. Floats are written so that reading gives the same bits; one that is not finite is null. `seconds`:
 training time of the stage so far; `time`: of the wall clock, s since 1970; `data_wait`: share of the time since the row before that was
 spent waiting for data; `token_fill`, `tile_fill`: shares of the token and tile slots of this step that were used; `tflops`: model FLOP/s
-per device in 10^12 (`training.flops`), `mfu`: their share of the device's peak, null where it is not known; `goodput`: share of the time since
-the stage first began, restarts included, in which steps were made that count; `hbm_gb`: memory in use, in 10^9 bytes; `skipped`: 1 when the
-update was left out because loss or gradient were not finite; `spikes`, where there are any: {series: value / median of the last ones}.
+per device in 10^12 (`training.flops`), `mfu`: their share of the device's peak, null where it is not known; `goodput`: share of the time
+since the stage first began, restarts included, in which steps were made that count; `hbm_gb`: memory in use, in 10^9 bytes; `skipped`: 1
+when the update was left out because loss or gradient were not finite; `spikes`, where there are any: {series: value / recent median}.
 
 `events.jsonl` has what is worth a sentence, {"time", "text"}; `evaluations.jsonl` the results of evaluations in the middle of a stage.
 """
@@ -38,18 +38,8 @@ from monovl_jax.training.files import AnyPath, is_remote, place
 LOG, EVENTS, EVALUATIONS = "log.jsonl", "events.jsonl", "evaluations.jsonl"
 
 SCALARS = (
-    "loss",
-    "lr",
-    "grad_norm",
-    "tokens_per_second",
-    "data_wait",
-    "token_fill",
-    "tile_fill",
-    "tflops",
-    "mfu",
-    "goodput",
-    "hbm_gb",
-    "skipped",
+    *("loss", "lr", "grad_norm", "tokens_per_second", "data_wait", "token_fill", "tile_fill"),
+    *("tflops", "mfu", "goodput", "hbm_gb", "skipped"),
 )
 """Fields of a row that TensorBoard shows, where they are numbers."""
 
@@ -76,7 +66,7 @@ def read_log(path: str | AnyPath) -> list[Row]:
     path = place(path)
     if not path.exists():
         return rows
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_bytes().decode("utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
@@ -96,7 +86,7 @@ def truncate_log(path: str | AnyPath, reached: Mapping[str, int]) -> int:
         return 0
     kept = {(row["stage"], row["step"]): row for row in reversed(read_log(path)) if row["step"] <= reached.get(row["stage"], 0)}
     text = "".join(json.dumps(row) + "\n" for row in reversed(kept.values()))
-    before = path.read_text(encoding="utf-8", errors="replace")
+    before = path.read_bytes().decode("utf-8", errors="replace")
     if text != before:
         if is_remote(path):
             path.write_text(text, encoding="utf-8")
@@ -230,7 +220,7 @@ class RunLog:
         self._bar = None
 
     def write(self, row: Row) -> None:
-        """Appends a row to the log, TensorBoard and the progress line. The line of a local log is in the operating system's hands on return: a kill of this process does not lose it."""
+        """Appends a row to the log, TensorBoard and the progress line. A kill after it does not lose the row of a local log."""
         self._rows.append(row)
         if self._writer is not None:
             step = self._starts[row["stage"]] + row["step"]

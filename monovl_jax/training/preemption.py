@@ -58,7 +58,7 @@ class Preemption:
             self._at_once = False
 
     def reached(self, step: int) -> bool:
-        """Whether to save and stop after this step; the same in all processes. Call it after every step, counting from the start of the run."""
+        """Whether to save and stop after this step, the same in all processes. Call it after every step, counting from their start."""
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._asked

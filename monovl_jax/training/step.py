@@ -139,7 +139,7 @@ def _sums(parts: tuple[Part, ...]) -> tuple[jax.Array, dict[str, Any]]:
 
 
 def gradient_group(path: str) -> str:
-    """`text_expert`, `visual_expert`, `vision` (patch embedding and projector), or `shared` (embedding, norms, head) for a parameter path."""
+    """Of a parameter path: `text_expert`, `visual_expert`, `vision` (patch embedding, projector) or `shared` (embedding, norms, head)."""
     if "/visual/" in path:
         return "visual_expert"
     if "/text/" in path:

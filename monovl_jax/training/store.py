@@ -152,7 +152,7 @@ def damaged_leaves(path: AnyPath, marks: Mapping[str, str]) -> list[str]:
     wrong = [f"{name} is missing" for name in sorted(marks.keys() - set(names))]
     one = SingleDeviceSharding(jax.local_devices()[0])
     for number, (name, (_, leaf)) in enumerate(zip(names, leaves, strict=True)):
-        target = [ocp.PLACEHOLDER] * len(names)
+        target: list[Any] = [ocp.PLACEHOLDER] * len(names)
         target[number] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one)
         try:
             array = jax.tree.leaves(load_part(path, jax.tree.unflatten(structure, target)), is_leaf=lambda x: x is ocp.PLACEHOLDER)[number]
