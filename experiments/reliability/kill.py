@@ -135,7 +135,7 @@ def kill_once(run_dir: Path, kills: int, home: Path, number: int) -> dict[str, A
         return bool(half_written(run_dir, began)) or rows(run_dir, began) >= last
 
     if mode == "anywhere":
-        pause(process, rng.uniform(0, 8))
+        pause(process, rng.uniform(0, 5))
     elif mode == "training":
         wait_for(lambda: rows(run_dir, began) > before, process)
         pause(process, rng.uniform(0, 0.6))

@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+import logging
 import math
 import pkgutil
 import sys
@@ -42,8 +43,10 @@ from monovl_jax.data.tokenizer import Tokenizer
 from monovl_jax.model import Ops
 from monovl_jax.recipes.feed import Feed
 from monovl_jax.training import checkpoint
-from monovl_jax.training.checkpoint import RunError, StageStore, load_run, read_experiment, read_recipe
+from monovl_jax.training.checkpoint import RunError, StageStore, load_run, load_step, read_experiment, read_recipe, step_store
+from monovl_jax.training.devices import compiler_options
 from monovl_jax.training.loop import Records, TrainingError, train
+from monovl_jax.training.profiling import parse_profile
 from monovl_jax.training.stages import Recipe, RecipeError, Stage
 from monovl_jax.training.step import BatchError
 from monovl_jax.training.trainable import Initial, TrainableError
@@ -197,24 +200,30 @@ class Start:
     identity: Any
 
 
-def find_start(path: Path, stage: str | None = None) -> Start:
+def find_start(path: Path, stage: str | None = None, step: int | None = None) -> Start:
     """The weights of a run directory (after `stage`, by default its last finished one), an imported model, or a released folder.
 
-    Nothing is loaded yet, but names and shapes are checked. Raises ConfigError, WeightsError or RunError.
+    step: of a stage, the step checkpoint whose parameters are taken, without the optimizer state. Nothing is loaded yet, but names and
+    shapes are checked. Raises ConfigError, WeightsError or RunError.
     """
     if not path.is_dir():
         raise ConfigError(f"{path} is no folder; give a run directory or a model folder")
     if (path / checkpoint.EXPERIMENT).is_file():
         recipe = read_recipe(path)
+        if step is not None:
+            chosen = stage or recipe.stages[-1].name
+            base = step_store(path, chosen, step)[1].check_step(step)["base"]
+            identity = {"run": read_experiment(path)["digest"], "stage": chosen, "step": step, "base": base}
+            return Start(recipe.model, lambda: load_step(path, chosen, step)[1], f"{path} at step {step} of {chosen}", identity)
         finished = [s.name for s in recipe.stages if StageStore(path, s.name).has_final()]
         chosen = stage or (finished or [""])[-1]
         if chosen not in finished:
             which = f"stage {chosen!r} has not finished" if chosen else "no stage has finished"
-            raise RunError(f"{path}: {which}; finished: {', '.join(finished) or 'none'}")
+            raise RunError(f"{path}: {which}; finished: {', '.join(finished) or 'none'}. --init-step takes one of its step checkpoints")
         digest = read_experiment(path)["digest"]
         return Start(recipe.model, lambda: load_run(path, chosen)[1], f"{path} after {chosen}", {"run": digest, "stage": chosen})
-    if stage is not None:
-        raise ConfigError(f"{path} is a model folder, not a run; it has no stage {stage!r}")
+    if stage is not None or step is not None:
+        raise ConfigError(f"{path} is a model folder, not a run; it has no stage {stage or 'of that step'!r}")
     config = read_config(path)
     if is_imported(path):
         read_marker(path)
@@ -435,8 +444,9 @@ class Launch:
                 )
         self.say(self._bad())
 
-    def run(self, checkpoint_every: int = 500) -> Records:
-        """Trains what is left of the recipe; see `training.loop.train` for the result and what it raises."""
+    def run(self, checkpoint_every: int = 500, **options: Any) -> Records:
+        """Trains what is left of the recipe; see `training.loop.train` for the options, the result and what it raises."""
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs pages about an error of which we say a sentence
         records = train(
             self.recipe,
             self.run_dir,
@@ -446,9 +456,22 @@ class Launch:
             frozen_dtype=self.ops.dtype,
             identity=self.identity,
             checkpoint_every=checkpoint_every,
+            **options,
         )
         self.say(self._bad())
         return records
+
+
+def run_options(profile: str | None, xla_option: Sequence[str], say: Say = print) -> dict[str, Any]:
+    """Options of `Launch.run` as the command line spells them; says which XLA options are used. Raises LaunchError."""
+    try:
+        options = compiler_options(jax.devices()[0].device_kind, xla_option)
+        steps = None if profile is None else parse_profile(profile)
+    except ValueError as error:
+        raise LaunchError(str(error)) from None
+    if options:
+        say(f"XLA options: {' '.join(f'{name}={value}' for name, value in options.items())}")
+    return {"profile": steps, "xla_options": options}
 
 
 def make_ops(dtype: str | None = None, remat: str | None = None) -> Ops:
@@ -493,6 +516,7 @@ def prepare(
     *,
     init: Path | None = None,
     init_stage: str | None = None,
+    init_step: int | None = None,
     tokenizer: Path | None = None,
     run_dir: Path | None = None,
     stages: Sequence[str] = (),
@@ -515,7 +539,7 @@ def prepare(
 
     See docs/training.md for the arguments, which are those of `monovl train`. Raises one of EXPECTED_ERRORS.
     """
-    start = None if init is None else find_start(init, init_stage)
+    start = None if init is None else find_start(init, init_stage, init_step)
     chosen = adapted(
         find_recipe(recipe, None if start is None else start.config),
         stages,

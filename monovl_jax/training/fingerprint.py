@@ -1,8 +1,8 @@
 """Fingerprints of parameters, made where they lie: equal for equal bits, on whatever mesh, without a copy on the host.
 
-The words of a leaf (its bits, 32 at a time) are multiplied by odd numbers that depend on their place, and summed modulo 2^32. Sums of
-integers do not depend on their order, so neither does a fingerprint on how the leaf is divided over devices. Two such sums are kept.
-A change of one word always shows; other damage is missed with a chance of about 2^-64. It is a guard against bad disks, not against people.
+Each word of a leaf (its bits, 32 at a time) is scrambled together with its place, and the results are summed modulo 2^32. Sums of integers
+do not depend on their order, so neither does a fingerprint on how the leaf is divided over devices. Two such sums are kept. A change of
+one word always shows; other damage is missed with a chance of about 2^-64. It is a guard against bad disks, not against people.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _sums(x: jax.Array) -> UInt32[Array, 2]:
     for axis, size in enumerate(words.shape):
         stride = math.prod(words.shape[axis + 1 :]) % (1 << 32)
         place += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride) if size > 1 else jnp.uint32(0)
-    return jnp.stack([jnp.sum(words * (_scramble(place ^ jnp.uint32(seed)) | 1), dtype=jnp.uint32) for seed in _SEEDS])
+    return jnp.stack([jnp.sum(_scramble(words ^ _scramble(place ^ jnp.uint32(seed))), dtype=jnp.uint32) for seed in _SEEDS])
 
 
 @functools.cache
