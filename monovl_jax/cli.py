@@ -118,7 +118,7 @@ def train(
     init_stage: str | None = None,
     init_step: int | None = None,
     tokenizer: Path | None = None,
-    run_dir: Path | None = None,
+    run_dir: str | None = None,
     stages: tuple[str, ...] = (),
     steps: int | None = None,
     seed: int | None = None,
@@ -152,7 +152,7 @@ def train(
         init_stage: of a run directory, the stage to start from; its last finished one by default.
         init_step: of that stage, the step checkpoint whose parameters are taken; its optimizer state is dropped.
         tokenizer: a folder with tokenizer.json or tokenizer.model; that of --init by default.
-        run_dir: where checkpoints and logs go; runs/NAME of the recipe by default.
+        run_dir: where checkpoints and logs go, a folder or gs://...; runs/NAME of the recipe by default.
         stages: only these stages of the recipe.
         steps: of every stage, instead of the recipe's.
         seed: of random weights and of the order of the data, instead of the recipe's.
@@ -191,7 +191,7 @@ def train(
             init_stage=init_stage,
             init_step=init_step,
             tokenizer=tokenizer,
-            run_dir=run_dir,
+            run_dir=run_dir if run_dir is None or "://" in run_dir else Path(run_dir),
             stages=stages,
             steps=steps,
             seed=seed,

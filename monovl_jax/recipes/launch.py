@@ -17,6 +17,7 @@ import logging
 import math
 import pkgutil
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,6 +46,8 @@ from monovl_jax.recipes.feed import Feed
 from monovl_jax.training import checkpoint
 from monovl_jax.training.checkpoint import RunError, StageStore, load_run, load_step, read_experiment, read_recipe, step_store
 from monovl_jax.training.devices import compiler_options
+from monovl_jax.training.files import AnyPath
+from monovl_jax.training.files import place as located
 from monovl_jax.training.loop import Records, TrainingError, train
 from monovl_jax.training.profiling import parse_profile
 from monovl_jax.training.stages import Recipe, RecipeError, Stage
@@ -397,7 +400,7 @@ class Launch:
     """A run that is ready to start. Make one with `prepare`."""
 
     recipe: Recipe
-    run_dir: Path
+    run_dir: AnyPath
     feed: Feed
     data: OwnData
     ops: Ops
@@ -411,7 +414,7 @@ class Launch:
     def write_files(self) -> None:
         """Writes config.json, tokenizer and data.json into the run directory, by now ours."""
         if jax.process_index() == 0:
-            self.data.tokenizer.save(self.run_dir)
+            save_tokenizer(self.data.tokenizer, self.run_dir)
             (self.run_dir / "config.json").write_text(config_to_json(self.recipe.model), encoding="utf-8")
             checkpoint.write_json(self.run_dir / DATA, self.data.summary)
 
@@ -474,6 +477,17 @@ def run_options(profile: str | None, xla_option: Sequence[str], say: Say = print
     return {"profile": steps, "xla_options": options}
 
 
+def save_tokenizer(tokenizer: Tokenizer, folder: AnyPath) -> None:
+    """Writes a tokenizer's files into a folder, which may lie in a bucket."""
+    if isinstance(folder, Path):
+        tokenizer.save(folder)
+        return
+    with tempfile.TemporaryDirectory() as near:
+        tokenizer.save(near)
+        for file in Path(near).iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+
+
 def make_ops(dtype: str | None = None, remat: str | None = None) -> Ops:
     """How to compute. By default float32 without remat on CPU, bfloat16 with `save_projections` elsewhere."""
     cpu = jax.default_backend() == "cpu"
@@ -481,7 +495,7 @@ def make_ops(dtype: str | None = None, remat: str | None = None) -> Ops:
     return Ops(dtype=jnp.dtype(dtype or ("float32" if cpu else "bfloat16")).type, remat=chosen)
 
 
-def check_run_dir(run_dir: Path, recipe: Recipe, identity: Mapping[str, Any]) -> None:
+def check_run_dir(run_dir: AnyPath, recipe: Recipe, identity: Mapping[str, Any]) -> None:
     """Raises RunError when the run directory belongs to another experiment, or is no place for a run. Creates nothing."""
     if run_dir.exists() and not run_dir.is_dir():
         raise RunError(f"{run_dir} is a file; give a directory")
@@ -495,7 +509,7 @@ def check_run_dir(run_dir: Path, recipe: Recipe, identity: Mapping[str, Any]) ->
         )
 
 
-def check_same_data(run_dir: Path, summary: Mapping[str, Any]) -> None:
+def check_same_data(run_dir: AnyPath, summary: Mapping[str, Any]) -> None:
     """Raises RunError when a run that is continued would read other samples than before (pictures have come or gone)."""
     path = run_dir / DATA
     if not path.exists():
@@ -518,7 +532,7 @@ def prepare(
     init_stage: str | None = None,
     init_step: int | None = None,
     tokenizer: Path | None = None,
-    run_dir: Path | None = None,
+    run_dir: str | AnyPath | None = None,
     stages: Sequence[str] = (),
     steps: int | None = None,
     seed: int | None = None,
@@ -566,7 +580,8 @@ def prepare(
     except ValueError as error:
         raise LaunchError(str(error)) from None
     check_tokenizer(words, chosen.model, folder)
-    place = Path("runs") / chosen.name if run_dir is None else run_dir
+    place = Path("runs") / chosen.name if run_dir is None else run_dir if isinstance(run_dir, Path) else located(run_dir)
+    near = place if isinstance(place, Path) else Path("runs") / chosen.name  # for the index and what is appended to: not in a bucket
     identity = {
         "data": {name: sets[name].identity() for name in used},
         "verify_images": verify_images,
@@ -589,8 +604,8 @@ def prepare(
         chosen.model,
         words,
         {name: sets[name] for name in sets if name in used},
-        BadSamples(place / BAD_SAMPLES),
-        index_dir or place / INDEX,
+        BadSamples(near / BAD_SAMPLES),
+        index_dir or near / INDEX,
         chosen.seed,
         strict,
         verify_images,

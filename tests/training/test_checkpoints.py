@@ -20,6 +20,7 @@ from monovl_jax import cli
 from monovl_jax.training import checkpoint, fingerprint
 from monovl_jax.training.files import place
 from monovl_jax.training.inventory import checkpoints, verify
+from monovl_jax.training.metrics import RunLog, read_log
 from monovl_jax.training.store import DamagedError, DiskFullError, RunError, StageStore
 from tests.training.worlds import recipe
 
@@ -323,8 +324,58 @@ def test_ls_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().err.count("is no run directory: it has no experiment.json") == 2
 
 
-def test_buckets_are_reached_through_epath() -> None:
+def test_paths_of_a_bucket_keep_their_form() -> None:
     store = StageStore("gs://bucket/runs/one", "S0")
     assert isinstance(store.step_folder(3), epath.Path)
     assert str(store.step_folder(3)) == "gs://bucket/runs/one/stages/S0/steps/3" == str(place(str(store.step_folder(3))))
     assert isinstance(place("runs/one"), Path) and place("runs/one").is_absolute()
+
+
+@pytest.fixture
+def bucket() -> Iterator[str]:
+    """`gs://` held in memory: what goes through epath lands there. Orbax's arrays do not, they have a driver of their own."""
+    import fsspec
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    class Fake(MemoryFileSystem):
+        protocol = ("gs", "gcs")
+        store: dict = {}
+        pseudo_dirs = [""]
+
+        @classmethod
+        def _strip_protocol(cls, path: str) -> str:
+            return super()._strip_protocol(str(path).removeprefix("gs://").removeprefix("gcs://"))
+
+    before = dict(fsspec.registry)
+    fsspec.register_implementation("gs", Fake, clobber=True)
+    yield "gs://bucket/runs/one"
+    for name in set(fsspec.registry) - set(before):
+        fsspec.registry.target.pop(name)
+
+
+def test_a_run_in_a_bucket(bucket: str) -> None:
+    """Experiment, records and logs, without a file system under them."""
+    wanted = checkpoint.experiment(recipe())
+    assert checkpoint.claim_run(bucket, wanted) is False and checkpoint.claim_run(bucket, wanted) is True
+    assert checkpoint.read_recipe(bucket) == recipe()
+    with pytest.raises(RunError, match="holds another experiment"):
+        checkpoint.claim_run(bucket, checkpoint.experiment(recipe(seed=3)))
+    with checkpoint.run_lock(bucket):
+        pass
+    row = {"stage": "S0", "loss": 1.0, "part_losses": [1.0], "grad_norms": {}}
+    for reached, first in ((0, 1), (2, 3)):
+        with RunLog(bucket, {"S0": reached}, {"S0": 0}, progress=False, tensorboard=False) as log:
+            for step in range(first, first + 3):
+                log.write({**row, "step": step})
+            log.event("something")
+    assert [r["step"] for r in read_log(f"{bucket}/log.jsonl")] == [1, 2, 3, 4, 5]
+    store = StageStore(bucket, "S0")
+    assert store.all_steps() == [] and store.base_record() is None and not store.has_final()
+    store.finish({"loss": 1.0})
+    assert store.record() == {"loss": 1.0}
+    complete = place(f"{bucket}/stages/S0/steps/4")
+    (complete / "commit_success.txt").write_text("")
+    (place(f"{bucket}/stages/S0/steps/5") / "state").write_text("")
+    assert store.all_steps() == [4], "step 5 has no mark that it is complete"
+    store._discard(complete)
+    assert store.all_steps() == []
