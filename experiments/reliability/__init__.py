@@ -1,1 +1,1 @@
-"""Does a run survive what happens to runs."""
+"""Runs that are disturbed on purpose."""

@@ -13,9 +13,11 @@ import importlib
 import importlib.util
 import inspect
 import json
+import logging
 import math
 import pkgutil
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -47,8 +49,12 @@ from monovl_jax.parallel.hosts import HostsError, in_turn
 from monovl_jax.parallel.mesh import MeshError, make_mesh, row_share
 from monovl_jax.recipes.feed import Feed
 from monovl_jax.training import checkpoint
-from monovl_jax.training.checkpoint import RunError, StageStore, load_run, read_experiment, read_recipe
+from monovl_jax.training.checkpoint import RunError, StageStore, load_run, load_step, read_experiment, read_recipe, step_store
+from monovl_jax.training.devices import compiler_options
+from monovl_jax.training.files import AnyPath
+from monovl_jax.training.files import place as located
 from monovl_jax.training.loop import Records, TrainingError, check_mesh, train
+from monovl_jax.training.profiling import parse_profile
 from monovl_jax.training.stages import Recipe, RecipeError, Stage
 from monovl_jax.training.step import BatchError
 from monovl_jax.training.trainable import Initial, TrainableError, Tree
@@ -209,24 +215,30 @@ class Start:
     identity: Any
 
 
-def find_start(path: Path, stage: str | None = None) -> Start:
+def find_start(path: Path, stage: str | None = None, step: int | None = None) -> Start:
     """The weights of a run directory (after `stage`, by default its last finished one), an imported model, or a released folder.
 
-    Nothing is loaded yet, but names and shapes are checked. Raises ConfigError, WeightsError or RunError.
+    step: of a stage, the step checkpoint whose parameters are taken, without the optimizer state. Nothing is loaded yet, but names and
+    shapes are checked. Raises ConfigError, WeightsError or RunError.
     """
     if not path.is_dir():
         raise ConfigError(f"{path} is no folder; give a run directory or a model folder")
     if (path / checkpoint.EXPERIMENT).is_file():
         recipe = read_recipe(path)
+        if step is not None:
+            chosen = stage or recipe.stages[-1].name
+            base = step_store(path, chosen, step)[1].check_step(step)["base"]
+            identity = {"run": read_experiment(path)["digest"], "stage": chosen, "step": step, "base": base}
+            return Start(recipe.model, lambda mesh: load_step(path, chosen, step, mesh)[1], f"{path} at step {step} of {chosen}", identity)
         finished = [s.name for s in recipe.stages if StageStore(path, s.name).has_final()]
         chosen = stage or (finished or [""])[-1]
         if chosen not in finished:
             which = f"stage {chosen!r} has not finished" if chosen else "no stage has finished"
-            raise RunError(f"{path}: {which}; finished: {', '.join(finished) or 'none'}")
+            raise RunError(f"{path}: {which}; finished: {', '.join(finished) or 'none'}. --init-step takes one of its step checkpoints")
         digest = read_experiment(path)["digest"]
         return Start(recipe.model, lambda mesh: load_run(path, chosen, mesh)[1], f"{path} after {chosen}", {"run": digest, "stage": chosen})
-    if stage is not None:
-        raise ConfigError(f"{path} is a model folder, not a run; it has no stage {stage!r}")
+    if stage is not None or step is not None:
+        raise ConfigError(f"{path} is a model folder, not a run; it has no stage {stage or 'of that step'!r}")
     config = read_config(path)
     if is_imported(path):
         read_marker(path)
@@ -400,7 +412,7 @@ class Launch:
     """A run that is ready to start. Make one with `prepare`."""
 
     recipe: Recipe
-    run_dir: Path
+    run_dir: AnyPath
     feed: Feed
     data: OwnData
     ops: Ops
@@ -415,7 +427,7 @@ class Launch:
     def write_files(self) -> None:
         """Writes config.json, tokenizer and data.json into the run directory, by now ours."""
         if jax.process_index() == 0:
-            self.data.tokenizer.save(self.run_dir)
+            save_tokenizer(self.data.tokenizer, self.run_dir)
             (self.run_dir / "config.json").write_text(config_to_json(self.recipe.model), encoding="utf-8")
             checkpoint.write_json(self.run_dir / DATA, self.data.summary)
 
@@ -448,8 +460,9 @@ class Launch:
                 )
         self.say(self._bad())
 
-    def run(self, checkpoint_every: int = 500) -> Records:
-        """Trains what is left of the recipe; see `training.loop.train` for the result and what it raises."""
+    def run(self, checkpoint_every: int = 500, **options: Any) -> Records:
+        """Trains what is left of the recipe; see `training.loop.train` for the options, the result and what it raises."""
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs pages about an error of which we say a sentence
         records = train(
             self.recipe,
             self.run_dir,
@@ -460,9 +473,33 @@ class Launch:
             mesh=self.mesh,
             identity=self.identity,
             checkpoint_every=checkpoint_every,
+            **options,
         )
         self.say(self._bad())
         return records
+
+
+def run_options(profile: str | None, xla_option: Sequence[str], say: Say = print) -> dict[str, Any]:
+    """Options of `Launch.run` as the command line spells them; says which XLA options are used. Raises LaunchError."""
+    try:
+        options = compiler_options(jax.devices()[0].device_kind, xla_option)
+        steps = None if profile is None else parse_profile(profile)
+    except ValueError as error:
+        raise LaunchError(str(error)) from None
+    if options:
+        say(f"XLA options: {' '.join(f'{name}={value}' for name, value in options.items())}")
+    return {"profile": steps, "xla_options": options}
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: AnyPath) -> None:
+    """Writes a tokenizer's files into a folder, which may lie in a bucket."""
+    if isinstance(folder, Path):
+        tokenizer.save(folder)
+        return
+    with tempfile.TemporaryDirectory() as near:
+        tokenizer.save(near)
+        for file in Path(near).iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
 
 
 def make_ops(dtype: str | None = None, remat: str | None = None) -> Ops:
@@ -472,7 +509,7 @@ def make_ops(dtype: str | None = None, remat: str | None = None) -> Ops:
     return Ops(dtype=jnp.dtype(dtype or ("float32" if cpu else "bfloat16")).type, remat=chosen)
 
 
-def check_run_dir(run_dir: Path, recipe: Recipe, identity: Mapping[str, Any]) -> None:
+def check_run_dir(run_dir: AnyPath, recipe: Recipe, identity: Mapping[str, Any]) -> None:
     """Raises RunError when the run directory belongs to another experiment, or is no place for a run. Creates nothing."""
     if run_dir.exists() and not run_dir.is_dir():
         raise RunError(f"{run_dir} is a file; give a directory")
@@ -486,7 +523,7 @@ def check_run_dir(run_dir: Path, recipe: Recipe, identity: Mapping[str, Any]) ->
         )
 
 
-def check_same_data(run_dir: Path, summary: Mapping[str, Any]) -> None:
+def check_same_data(run_dir: AnyPath, summary: Mapping[str, Any]) -> None:
     """Raises RunError when a run that is continued would read other samples than before (pictures have come or gone)."""
     path = run_dir / DATA
     if not path.exists():
@@ -507,8 +544,9 @@ def prepare(
     *,
     init: Path | None = None,
     init_stage: str | None = None,
+    init_step: int | None = None,
     tokenizer: Path | None = None,
-    run_dir: Path | None = None,
+    run_dir: str | AnyPath | None = None,
     stages: Sequence[str] = (),
     steps: int | None = None,
     seed: int | None = None,
@@ -535,7 +573,7 @@ def prepare(
     hosts.start(distributed)
     if jax.process_index() > 0:
         say = _silent
-    start = None if init is None else find_start(init, init_stage)
+    start = None if init is None else find_start(init, init_stage, init_step)
     chosen = adapted(
         find_recipe(recipe, None if start is None else start.config),
         stages,
@@ -564,7 +602,8 @@ def prepare(
     except ValueError as error:
         raise LaunchError(str(error)) from None
     check_tokenizer(words, chosen.model, folder)
-    place = Path("runs") / chosen.name if run_dir is None else run_dir
+    place = Path("runs") / chosen.name if run_dir is None else run_dir if isinstance(run_dir, Path) else located(run_dir)
+    near = place if isinstance(place, Path) else Path("runs") / chosen.name  # for the index and what is appended to: not in a bucket
     identity = {
         "data": {name: sets[name].identity() for name in used},
         "verify_images": verify_images,
@@ -588,8 +627,8 @@ def prepare(
         say(f"{mark}before {chosen.copy_experts_before} the visual experts are replaced by copies of the text experts, as the recipe says")
 
     def index() -> tuple[OwnData, Feed]:
-        used_sets, bad = {name: sets[name] for name in sets if name in used}, BadSamples(place / BAD_SAMPLES)
-        data = OwnData(chosen.model, words, used_sets, bad, index_dir or place / INDEX, chosen.seed, strict, verify_images, say)
+        used_sets, bad = {name: sets[name] for name in sets if name in used}, BadSamples(near / BAD_SAMPLES)
+        data = OwnData(chosen.model, words, used_sets, bad, index_dir or near / INDEX, chosen.seed, strict, verify_images, say)
         feed = Feed(chosen.model.vision, words.id_of(IMAGE_CONTEXT), data, threads=threads, share=row_share(grid))
         for stage in chosen.stages:
             try:
