@@ -4,7 +4,7 @@
 
 A tiny model is trained through two stages with a checkpoint every 5 steps, once in peace and once under fire. Of ten kills about six fall
 while something is being written (a base, a step checkpoint, a final), two while training and two anywhere from the start of the process
-on. `--seconds` ends a session early; the same command goes on where it stopped. Exit code 0: every bar is met; 1: one is not; 3: to be
+on. `--seconds` stops it early; the same command goes on where it stopped. Exit code 0: every bar is met; 1: one is not; 3: to be
 continued. The result has one row per kill: when, what lay half written on disk, where the run went on, steps lost.
 """
 
@@ -184,7 +184,7 @@ def line(row: dict[str, Any]) -> str:
 
 @dataclasses.dataclass
 class Settings:
-    """kills: how many. seconds: of this session. folder: where the two runs lie. out: the result."""
+    """kills: how many. seconds: after which it stops early. folder: where the two runs lie. out: the result."""
 
     kills: int = 50
     seconds: float = 450.0

@@ -51,7 +51,7 @@ from monovl_jax.recipes.feed import Feed
 from monovl_jax.training import checkpoint
 from monovl_jax.training.checkpoint import RunError, StageStore, load_run, load_step, read_experiment, read_recipe, step_store
 from monovl_jax.training.devices import compiler_options
-from monovl_jax.training.files import AnyPath
+from monovl_jax.training.files import AnyPath, is_remote
 from monovl_jax.training.files import place as located
 from monovl_jax.training.loop import Records, TrainingError, check_mesh, train
 from monovl_jax.training.profiling import parse_profile
@@ -602,7 +602,8 @@ def prepare(
     except ValueError as error:
         raise LaunchError(str(error)) from None
     check_tokenizer(words, chosen.model, folder)
-    place = Path("runs") / chosen.name if run_dir is None else run_dir if isinstance(run_dir, Path) else located(run_dir)
+    given = Path("runs") / chosen.name if run_dir is None else run_dir
+    place = located(given) if is_remote(given) else Path(given)
     near = place if isinstance(place, Path) else Path("runs") / chosen.name  # for the index and what is appended to: not in a bucket
     identity = {
         "data": {name: sets[name].identity() for name in used},

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
 import queue
 import sys
 import threading
@@ -29,13 +28,14 @@ from monovl_jax.parallel.hosts import in_turn
 from monovl_jax.parallel.mesh import make_mesh
 from monovl_jax.parallel.sharding import check_rows, parameter_shardings, place_parameters
 from monovl_jax.training import checkpoint
+from monovl_jax.training.accounting import Clock, Pending, Progress, Settler, TrainingError
 from monovl_jax.training.checkpoint import RunError, StageStore, abstract
-from monovl_jax.training.devices import bytes_in_use, compiler_options, peak_flops
+from monovl_jax.training.devices import compiler_options
 from monovl_jax.training.files import AnyPath, place
-from monovl_jax.training.flops import StepFlops, step_flops
-from monovl_jax.training.guards import SpikeDetector, Watchdog, save_batch
+from monovl_jax.training.flops import step_flops
+from monovl_jax.training.guards import Watchdog
 from monovl_jax.training.lora import adapter_shapes, init_adapters, merged
-from monovl_jax.training.metrics import Row, RunLog, finite
+from monovl_jax.training.metrics import RunLog
 from monovl_jax.training.optimizer import Optimizer, make_optimizer
 from monovl_jax.training.preemption import PreemptedError, Preemption
 from monovl_jax.training.profiling import Profiler
@@ -67,10 +67,6 @@ Evaluate = Callable[[str, Any, Tree], Any]
 In the middle of a stage the parameters are the live ones: do not keep them, the next step overwrites them."""
 
 Records = dict[str, dict[str, Any]]
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says at which step, why, and the mend."""
 
 
 class Prefetcher:
@@ -121,82 +117,6 @@ class Prefetcher:
     def close(self) -> None:
         self._stop.set()
         self._thread.join(timeout=10)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Pending:
-    """A dispatched step whose metrics are still on the device. waited: the prefetcher's clock when it was dispatched."""
-
-    step: int
-    metrics: dict[str, Any]
-    batch: Any
-    waited: float
-    logged: bool
-
-
-@dataclasses.dataclass
-class _Progress:
-    """How far a stage is, as its checkpoints keep it (JSON values).
-
-    position: number of the next batch. seconds: training time so far. began: wall clock when the stage first began. useful: seconds in
-    which steps were made that count. skipped, in_a_row: updates left out so far, and the last of them in a row. loss: the last finite one.
-    """
-
-    step: int = 0
-    position: int = 0
-    seconds: float = 0.0
-    began: float = dataclasses.field(default_factory=time.time)
-    useful: float = 0.0
-    skipped: int = 0
-    in_a_row: int = 0
-    loss: float = math.nan
-
-    @classmethod
-    def of(cls, meta: Mapping[str, Any]) -> _Progress:
-        return cls(**{field.name: meta[field.name] for field in dataclasses.fields(cls)})
-
-
-class _Clock:
-    """Training time of a stage over all its processes, and what happened since the last row."""
-
-    def __init__(self, progress: _Progress):
-        self._progress, self._before, self._began = progress, progress.seconds, time.monotonic()
-        self._row, self._row_waited, self._tokens, self._flops = self._began, 0.0, 0, 0.0
-        self._settled: float | None = None
-        self._settled_waited = self._aside = 0.0
-
-    @property
-    def seconds(self) -> float:
-        return self._before + time.monotonic() - self._began
-
-    @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
-        """Time in which no step is made (saving, evaluating)."""
-        began = time.monotonic()
-        try:
-            yield
-        finally:
-            self._aside += time.monotonic() - began
-
-    def count(self, tokens: int, flops: float, waited: float) -> None:
-        """A step has come back. The first of a process holds the compilation and is not counted as useful."""
-        now = time.monotonic()
-        self._tokens, self._flops = self._tokens + tokens, self._flops + flops
-        if self._settled is not None:
-            self._progress.useful += max(0.0, now - self._settled - self._aside - (waited - self._settled_waited))
-        self._settled, self._settled_waited, self._aside = now, waited, 0.0
-        self._progress.seconds = self.seconds
-
-    def lap(self, waited: float) -> tuple[float, float, float]:
-        """(tokens per second, model FLOP/s, share of time waited) since the last lap."""
-        now = time.monotonic()
-        span = max(now - self._row, 1e-9)
-        result = self._tokens / span, self._flops / span, min(1.0, (waited - self._row_waited) / span)
-        self._row, self._row_waited, self._tokens, self._flops = now, waited, 0, 0.0
-        return result
-
-    def goodput(self) -> float:
-        return self._progress.useful / max(time.time() - self._progress.began, 1e-9)
 
 
 @dataclasses.dataclass
@@ -272,7 +192,7 @@ class _Run:
             del leaf
         return unflatten(masters), unflatten(frozen)
 
-    def begin(self, stage: Stage, store: StageStore, optimizer: Optimizer) -> tuple[Tree, Any, Tree, _Progress]:
+    def begin(self, stage: Stage, store: StageStore, optimizer: Optimizer) -> tuple[Tree, Any, Tree, Progress]:
         """(trainable, opt_state, frozen, progress) to go on from: the last complete checkpoint, or the start of the stage."""
         chosen, mesh = self.recipe.trainable_paths(stage), self.mesh
         shapes, places = (split_tree(tree, chosen) for tree in (self.structure.shapes, self.shardings))
@@ -285,7 +205,7 @@ class _Run:
             state = abstract(jax.eval_shape(optimizer.transform.init, masters), states)
             trainable, opt_state, meta = store.restore(latest, masters, state)
             frozen = store.restore_base(abstract(shapes[1], places[1], self.frozen_dtype), self.recipe.model)
-            return trainable, opt_state, frozen, _Progress.of(meta)
+            return trainable, opt_state, frozen, Progress.of(meta)
         trainable, frozen = self.split(self.starting_parameters(stage), chosen)
         if stage.lora:
             trainable |= jax.device_put(
@@ -293,7 +213,7 @@ class _Run:
             )
         opt_state = jax.jit(optimizer.transform.init, out_shardings=states)(trainable)
         store.save_base(frozen)
-        return trainable, opt_state, frozen, _Progress()
+        return trainable, opt_state, frozen, Progress()
 
     def train_stage(self, stage: Stage, store: StageStore, log: RunLog | None, watchdog: Watchdog) -> None:
         """Trains a stage to its end, writes `final`, and leaves the parameters in `self.parameters`."""
@@ -314,10 +234,11 @@ class _Run:
         done = progress.step
         if log is not None:
             log.begin_stage(stage.name, stage.steps, done)
-        clock = _Clock(progress)
+        clock = Clock(progress)
         flops = step_flops(self.recipe.model, frozenset(flatten(trainable)))
         batches = Prefetcher(self.make_batches(stage, progress.position), lambda batch: place_batch(batch, self.mesh, stage.accumulation))
-        settler = _Settler(self, stage, store, progress, clock, flops, log, watchdog)
+        vision, folder = self.recipe.model.vision, store.folder
+        settler = Settler(stage, vision, folder, self.max_skipped, progress, clock, flops, log, watchdog)
         stopping = False
         try:
             for number in range(done + 1, stage.steps + 1):
@@ -332,7 +253,7 @@ class _Run:
                 trainable, opt_state, metrics = step(trainable, opt_state, frozen, batch)
                 self.calls += 1
                 settler.settle()
-                settler.pending = _Pending(number, metrics, batch, batches.waited, number % self.log_every == 0 or number == stage.steps)
+                settler.pending = Pending(number, metrics, batch, batches.waited, number % self.log_every == 0 or number == stage.steps)
                 del batch, metrics
                 stopping = self.preemption.reached(self.calls)
                 due = stopping or number % self.checkpoint_every == 0
@@ -403,93 +324,6 @@ def check_mesh(recipe: Recipe, mesh: Mesh) -> None:
     for stage in recipe.stages:
         for field, rows in (("batch_size", stage.batch_size), ("text_rows", stage.text_rows)):
             check_rows(rows // stage.accumulation, f"stage {stage.name!r}: {field}", mesh)
-
-
-@dataclasses.dataclass
-class _Settler:
-    """Waits for dispatched steps, one behind, and keeps account of them. pending: the step that has not been waited for."""
-
-    run: _Run
-    stage: Stage
-    store: StageStore
-    progress: _Progress
-    clock: _Clock
-    flops: StepFlops
-    log: RunLog | None
-    watchdog: Watchdog
-    pending: _Pending | None = None
-
-    def __post_init__(self) -> None:
-        self._spikes = SpikeDetector()
-        self._peak = peak_flops(jax.local_devices()[0].device_kind)
-
-    def settle(self) -> None:
-        """Waits for the pending step, if there is one, and writes its row. Raises TrainingError after too many skipped updates in a row."""
-        pending, self.pending = self.pending, None
-        if pending is None:
-            return
-        with self.watchdog.doing("step", self.stage.name, pending.step):
-            got: dict[str, Any] = jax.device_get(pending.metrics)
-        progress, vision = self.progress, self.run.recipe.model.vision
-        skipped, loss = bool(got["skipped"]), float(got["loss"])
-        norms = {name: float(norm) for name, norm in got["grad_norms"].items()}
-        progress.step, progress.position = pending.step, progress.position + 1
-        progress.in_a_row = progress.in_a_row + 1 if skipped else 0
-        progress.skipped += skipped
-        progress.loss = progress.loss if skipped else loss
-        self.clock.count(int(got["tokens"]), self.flops.step(got, vision.tokens_per_tile), pending.waited)
-        spikes = self._spikes({"loss": loss, **{f"grad_norm_{name}": norm for name, norm in norms.items()}})
-        if self.log is not None:
-            if pending.logged or skipped:
-                self.log.write(self.row(pending, got, norms) | ({"spikes": spikes} if spikes else {}))
-            if spikes:
-                words = ", ".join(f"{name} is {times:g} times its recent median" for name, times in spikes.items())
-                self.log.event(f"{self.stage.name}, step {pending.step}: {words}")
-        if skipped:
-            self.skip(pending, loss, norms)
-
-    def skip(self, pending: _Pending, loss: float, norms: Mapping[str, float]) -> None:
-        """Says that an update was left out; saves the batch and raises TrainingError when it was one too many."""
-        progress, limit = self.progress, self.run.max_skipped
-        wrong = ", ".join(name for name, norm in norms.items() if not math.isfinite(norm)) or "none"
-        what = f"stage {self.stage.name!r}, step {pending.step}: loss {loss}, gradients that are not finite: {wrong}"
-        if self.log is not None:
-            self.log.event(f"{what}; the update was left out ({progress.in_a_row} in a row, {progress.skipped} in all)")
-        if progress.in_a_row >= limit:
-            path = save_batch(self.store.folder / "not_finite", f"step_{pending.step}", pending.batch)
-            raise TrainingError(
-                f"{what}, {progress.in_a_row} updates in a row; the last batch is in {path}. The checkpoints are good: look at the batch, "
-                f"or start a new run with a lower learning rate (now {self.stage.learning_rate})"
-            )
-
-    def row(self, pending: _Pending, got: Mapping[str, Any], norms: Mapping[str, float]) -> Row:
-        """A row of the log; see `metrics`."""
-        rate, flops, share = self.clock.lap(pending.waited)
-        each, used = flops / jax.device_count(), bytes_in_use()
-        tiles = int(got["tile_slots"]) * self.run.recipe.model.vision.tokens_per_tile
-        return {
-            "stage": self.stage.name,
-            "step": pending.step,
-            "loss": finite(float(got["loss"])),
-            "lr": float(got["learning_rate"]),
-            "grad_norm": finite(float(got["grad_norm"])),
-            "part_losses": [finite(float(x)) for x in got["part_losses"]],
-            "supervised": int(got["supervised"]),
-            "tokens": int(got["tokens"]),
-            "tokens_per_second": rate,
-            "data_wait": share,
-            "seconds": self.clock.seconds,
-            "time": time.time(),
-            "grad_norms": {name: finite(norm) for name, norm in norms.items()},
-            "visual_tokens": int(got["visual_tokens"]),
-            "token_fill": int(got["tokens"]) / int(got["token_slots"]),
-            "tile_fill": int(got["tile_tokens"]) / tiles if tiles else None,
-            "tflops": each / 1e12,
-            "mfu": None if self._peak is None else each / self._peak,
-            "goodput": self.clock.goodput(),
-            "hbm_gb": None if used is None else used / 1e9,
-            "skipped": int(got["skipped"]),
-        }
 
 
 def train(

@@ -201,6 +201,7 @@ class StageStore:
             with self._saving():
                 manager.wait_until_finished()
             manager.close()
+            self._empty()
         else:  # another error is on its way: it says more than a save that failed beside it
             with contextlib.suppress(Exception):
                 manager.close()
@@ -335,14 +336,18 @@ class StageStore:
         self._writing = step
         with self._saving():
             self.manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(record)))
-        if jax.process_index() == 0:
-            remove_tree(self.steps / DROPPED)
 
     def wait(self) -> None:
         """Returns when the last save is complete. Raises what it ran into."""
         if self._manager is not None:
             with self._saving():
                 self._manager.wait_until_finished()
+            self._empty()
+
+    def _empty(self) -> None:
+        """Deletes the checkpoints that were renamed away."""
+        if jax.process_index() == 0:
+            remove_tree(self.steps / DROPPED)
 
     def _mend(self, step: int) -> str:
         before = [s for s in self.all_steps() if s < step]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,12 @@ def test_a_fingerprint_sees_every_change(dtype: str) -> None:
     array = jnp.asarray(values, dtype)
     mark = fingerprint.fingerprints({"a": array})["a"]
     assert mark.startswith(f"{dtype}[2,3,4] ")
-    others = [array.at[0, 1, 2].set(1 - array[0, 1, 2]), jnp.roll(array, 1, axis=2), array.reshape(3, 2, 4), array.astype("float16")]
+    others = [
+        array.at[0, 1, 2].set(jnp.asarray(1 - values[0, 1, 2], dtype)),
+        jnp.roll(array, 1, axis=2),
+        array.reshape(3, 2, 4),
+        array.astype("float16"),
+    ]
     others += [jnp.swapaxes(array, 0, 1)]
     assert len({mark, *(fingerprint.fingerprints({"a": other})["a"] for other in others)}) == 1 + len(others)
     assert fingerprint.fingerprints({"a": array + 0 if dtype != "bool" else array.copy()})["a"] == mark
@@ -120,6 +126,7 @@ def test_a_save_writes_what_is_trained_and_nothing_else(run: Path) -> None:
     with StageStore(run, "S0") as store:
         store.save_base(FROZEN)
         store.save(8, *trained(8), META)
+        store.wait()
         assert store.all_steps() == [6, 8]
         meta = store.meta(8)
     assert files(run / "stages/S0/base") == base, "the base is written once"
@@ -212,7 +219,7 @@ def test_sound_files_with_other_numbers_are_damage_too(run: Path) -> None:
     steps = run / "stages/S0/steps"
     shutil.rmtree(steps / "6/state")
     shutil.copytree(steps / "4/state", steps / "6/state")
-    with pytest.raises(DamagedError, match=r"steps/6/state is damaged: \S+ and \d+ more leaves came back with other bits|trainable/visual"):
+    with pytest.raises(DamagedError, match=r"steps/6/state is damaged: opt_state/0/count, .* and 4 more leaves came back with other bits"):
         restored(run, 6)
     (steps / "4/meta/metadata").write_text("{")
     with pytest.raises(DamagedError, match=r"steps/4 is damaged.*start the stage again, for there is none before it"):
@@ -246,7 +253,7 @@ def test_another_config_stage_or_optimizer(run: Path) -> None:
     with pytest.raises(RunError, match=r"of another config or stage: .*gate is float32\[64,50\] there and float32\[64,51\] here"):
         wider = {"visual": {**trainable["visual"], "gate": jax.ShapeDtypeStruct((64, 51), jnp.float32)}}
         store.restore(6, wider, opt_state)
-    with pytest.raises(RunError, match=r"state of another optimizer: opt_state/0/trace.*--init-stage S0 --init-step 6"):
+    with pytest.raises(RunError, match=r"state of another optimizer: opt_state/0/count is .* absent here.*--init-stage S0 --init-step 6"):
         store.restore(6, trainable, target(optax.sgd(0.1, 0.9).init(trained(6)[0])))
     shutil.copytree(run / "stages/S0", run / "stages/S1.1")
     with pytest.raises(RunError, match=r"optimizer state of stage 'S0', not of 'S1.1'\. To drop the optimizer state .*--init-stage S1.1"):
@@ -315,7 +322,8 @@ def test_ls_and_verify(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.checkpoints_verify(str(run)) == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["FAIL", "PASS", "FAIL"]
-    assert "base: text" in lines[0] and "trainable/visual/gate is float32[64,50] " in lines[2]
+    assert "base: text is bfloat16[40,30] " in lines[0] or "base: text cannot be read" in lines[0]
+    assert "opt_state/0/mu/visual/gate is float32[64,50] " in lines[2] and lines[2].endswith("; and 2 more")
     assert [len(verdict.problems) for verdict in verify(run)] == [1, 0, 7]
 
 
@@ -332,9 +340,9 @@ def test_paths_of_a_bucket_keep_their_form() -> None:
 
 
 @pytest.fixture
-def bucket() -> Iterator[str]:
+def bucket(monkeypatch: pytest.MonkeyPatch) -> str:
     """`gs://` held in memory: what goes through epath lands there. Orbax's arrays do not, they have a driver of their own."""
-    import fsspec
+    from fsspec import registry
     from fsspec.implementations.memory import MemoryFileSystem
 
     class Fake(MemoryFileSystem):
@@ -346,11 +354,9 @@ def bucket() -> Iterator[str]:
         def _strip_protocol(cls, path: str) -> str:
             return super()._strip_protocol(str(path).removeprefix("gs://").removeprefix("gcs://"))
 
-    before = dict(fsspec.registry)
-    fsspec.register_implementation("gs", Fake, clobber=True)
-    yield "gs://bucket/runs/one"
-    for name in set(fsspec.registry) - set(before):
-        fsspec.registry.target.pop(name)
+    monkeypatch.setitem(sys.modules["fsspec.registry"].__dict__["_registry"], "gcs", Fake)
+    assert registry["gcs"] is Fake
+    return "gs://bucket/runs/one"
 
 
 def test_a_run_in_a_bucket(bucket: str) -> None:

@@ -265,7 +265,7 @@ def test_a_row_says_how_full_and_how_fast(tmp_path: Path, monkeypatch: pytest.Mo
     """Rows of 20 slots with 18 tokens, one tile slot, which is full; a device with a made-up peak and memory."""
     recipe = dataclasses.replace(SMALL, stages=(dataclasses.replace(SMALL.stages[1], steps=3),))
     monkeypatch.setitem(devices.PEAK_FLOPS, "cpu", 1e12)
-    monkeypatch.setattr("monovl_jax.training.loop.bytes_in_use", lambda: 3_000_000_000)
+    monkeypatch.setattr("monovl_jax.training.accounting.bytes_in_use", lambda: 3_000_000_000)
     train(recipe, tmp_path / "run", make_batches, **QUIET)
     row = read_log(tmp_path / "run/log.jsonl")[-1]
     visual = tiny().vision.tokens_per_tile
