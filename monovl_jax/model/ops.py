@@ -20,6 +20,11 @@ def _no_constraint(x: jax.Array, kind: str) -> jax.Array:
     return x
 
 
+def _on_one_device(f: Callable[..., Any], part: str) -> Callable[..., Any]:
+    del part
+    return f
+
+
 @dataclasses.dataclass(frozen=True)
 class Ops:
     """How the model computes. The defaults run anywhere on one device.
@@ -27,6 +32,8 @@ class Ops:
     dtype: of activations and of the weights in a matmul; norms, softmax, rotary tables and logits are float32 regardless.
     remat: what the backward pass of a layer recomputes: nothing, all but attention output, gate and up, or everything.
     constrain: called as constrain(array, kind) with kind 'tokens' | 'logits' | 'heads'; a mesh places arrays there.
+    over_mesh: called as over_mesh(f, part), gives the function that computes f over a mesh; part is 'vision' | 'projector_in' |
+      'projector_out' | 'embedding' | 'routing' | 'qkv' | 'attention' | 'out' | 'mlp' | 'nll' (`parallel.ops` says what lies where).
     """
 
     dtype: Any = jnp.float32
@@ -36,6 +43,7 @@ class Ops:
     routed_linear: Callable[..., jax.Array] = pallas_kernels.routed_linear
     routed_swiglu: Callable[..., jax.Array] = pallas_kernels.routed_swiglu
     constrain: Callable[[jax.Array, str], jax.Array] = _no_constraint
+    over_mesh: Callable[[Callable[..., Any], str], Callable[..., Any]] = _on_one_device
 
     def __post_init__(self) -> None:
         if self.remat not in ("none", "save_projections", "full"):
