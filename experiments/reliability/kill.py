@@ -34,7 +34,7 @@ MODES = ("saving",) * 6 + ("training",) * 2 + ("anywhere",) * 2
 
 def steps_of(kills: int) -> dict[str, int]:
     """Steps of the two stages: long enough for so many kills."""
-    return {"S1.1": max(20, 4 * kills), "S2": max(40, 10 * kills)}
+    return {"S1.1": max(20, 6 * kills // 5), "S2": max(40, 4 * kills)}
 
 
 def child(run_dir: Path, kills: int) -> None:

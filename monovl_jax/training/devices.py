@@ -23,12 +23,17 @@ PEAK_FLOPS: dict[str, float] = {
     "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H100 NVL": 835e12,
     "NVIDIA H100": 989e12,
+    "NVIDIA H200 NVL": 835e12,
     "NVIDIA H200": 989e12,
     "NVIDIA L4": 121e12,
+    "NVIDIA L40S": 362e12,
     "NVIDIA B200": 2250e12,
 }
-"""Dense bfloat16 FLOP/s of one device as jax counts devices, by the beginning of `device_kind`, from the makers' data sheets. The longest
-beginning counts. What is not here, CPUs among them, has no MFU."""
+"""Dense bfloat16 FLOP/s of one device as jax counts devices, by the words that `device_kind` begins with; the longest entry counts.
+
+From the makers' own sheets: Google's Cloud TPU pages "TPU v3", "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e" (peak compute per chip; a v3 chip is
+two devices), and NVIDIA's data sheets "A100 Tensor Core GPU", "H100 Tensor Core GPU", "H200 Tensor Core GPU", "L4", "L40S" and "DGX B200",
+whose figures with sparsity are halved. What is not here, CPUs among them, has no MFU."""
 
 _TPU = {
     "xla_tpu_enable_latency_hiding_scheduler": True,
@@ -46,7 +51,8 @@ XLA_OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def _longest(table: Iterable[str], kind: str) -> str | None:
-    return max((name for name in table if kind.startswith(name)), key=len, default=None)
+    """The longest name that `kind` begins with as whole words: an "NVIDIA L40" is no "NVIDIA L4"."""
+    return max((name for name in table if kind.startswith(name) and not kind[len(name) :][:1].isalnum()), key=len, default=None)
 
 
 def peak_flops(kind: str) -> float | None:

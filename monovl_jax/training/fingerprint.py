@@ -48,7 +48,7 @@ def _sums(x: jax.Array) -> UInt32[Array, 2]:
 
 @functools.cache
 def _compiled(out: NamedSharding | None) -> Any:
-    return jax.jit(_sums, out_shardings=out)
+    return jax.jit(lambda leaves: jnp.stack([_sums(leaf) for leaf in leaves]), out_shardings=out)
 
 
 def paths(tree: Any) -> dict[str, Any]:
@@ -65,15 +65,18 @@ def kind(leaf: Any) -> str:
 def fingerprints(tree: Any) -> dict[str, str]:
     """{path: "float32[2,64,128] 0123456789abcdef"} of every leaf: dtype, shape and 64 bits over the contents.
 
-    Leaves may be spread over the devices of several hosts; every process must call it, and gets the same.
+    Leaves may be spread over the devices of several hosts; every process must call it, and gets the same. They lie on one mesh, or on one
+    device. One program computes them all: programs in flight side by side could begin their sums between hosts in another order on each
+    host, and would wait for each other for ever.
     """
-    sums = {}
-    for path, leaf in paths(tree).items():
-        sharding = getattr(leaf, "sharding", None)
-        out = NamedSharding(sharding.mesh, P()) if isinstance(sharding, NamedSharding) else None
-        sums[path] = kind(leaf), _compiled(out)(leaf)
-    got = jax.device_get({path: value for path, (_, value) in sums.items()})
-    return {path: f"{words} {got[path][0]:08x}{got[path][1]:08x}" for path, (words, _) in sums.items()}
+    leaves = paths(tree)
+    if not leaves:
+        return {}
+    shardings = [getattr(leaf, "sharding", None) for leaf in leaves.values()]
+    mesh = next((sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)), None)
+    sums = _compiled(None if mesh is None else NamedSharding(mesh, P()))(list(leaves.values()))
+    got = jax.device_get(jax.block_until_ready(sums))
+    return {path: f"{kind(leaf)} {a:08x}{b:08x}" for (path, leaf), (a, b) in zip(leaves.items(), got, strict=True)}
 
 
 def digest(marks: Mapping[str, str]) -> str:
