@@ -59,6 +59,11 @@ def render() -> str:
         )
         for way in ("import", "export")
     ]
+    inference, precision = _read("inference.json"), _read("precision.json")
+    asked = [
+        (name, f"{found['ratio']:.2f}x as fast as eager PyTorch (wanted: {found['bar']})", "`python -m experiments.benchmarks.inference`")
+        for name, found in inference["results"].items()
+    ]
     rows = [
         ("what", "measured", "command"),
         ("---", "---", "---"),
@@ -72,6 +77,13 @@ def render() -> str:
         ("a train step with visual FFN experts", f"{ratio['ffn']:.2f}x the dense model without experts", bench),
         ("with attention experts too", f"{ratio['ffn+attention']:.2f}x", bench),
         *converted,
+        *asked,
+        (
+            "bfloat16 instead of float32, recorded cases",
+            f"logits differ by {precision['bfloat16']['rms']:.1%} of their spread (float32: {precision['float32']['rms']:.0e}); "
+            f"likeliest token the same at {precision['bfloat16']['same_argmax']:.0%} of places",
+            "`python -m experiments.parity.precision`",
+        ),
     ]
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     return f"""

@@ -1,7 +1,10 @@
 """Speed against a plain eager PyTorch twin with the same weights: prefill, decode and a delta-tuning step, in turn within one run.
 
-    GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python -m experiments.benchmarks.inference --torch-python .venv-torch/bin/python
-        [--rounds 9] [--out experiments/results/benchmarks/inference.json]
+    export GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
+    python -m experiments.benchmarks.inference --torch-python .venv-torch/bin/python [--rounds 9] [--out experiments/results/inference.json]
+
+The setting makes both sides keep freed memory: in a virtual machine that hands idle pages back to its host, fetching them again takes as
+long as the step itself, and falls on whoever allocates more.
 
 The twin (torch_twin.py) computes both experts on every token and blends, as upstream does. It lives in a process and an environment of
 its own. Each job runs on one thread and on as many as there are cores first, and then on the number that was faster: torch's threads

@@ -56,6 +56,20 @@ def run_case(folder: str | Path) -> list[Check]:
     return _ModelCase(folder, case).checks()
 
 
+def case_logits(folder: str | Path, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Logits of one model case, computed in `dtype`, and the recorded ones: both float32[n, V], at the places that are not padding.
+
+    Raises UnknownCase for a case without recorded logits, and as `run_case` does.
+    """
+    folder = Path(folder)
+    case = _case_json(folder)
+    if case is None or case.get("group") not in MODEL_GROUPS or "logits" not in case.get("compare", {}):
+        raise UnknownCase(f"{folder} is no case with recorded logits; leave it out")
+    model = _ModelCase(folder, case, dtype)
+    places = model._batch()["segment_ids"] > 0
+    return model._logits()[places], model.recorded["logits"].astype(np.float32)[places]
+
+
 def _case_json(folder: Path) -> dict[str, Any] | None:
     path = folder / "case.json"
     if not path.is_file():
@@ -80,7 +94,7 @@ def _arrays(path: Path) -> Arrays:
 class _ModelCase:
     """One recorded case of a model: its inputs, its weights and how each recorded output is made."""
 
-    def __init__(self, folder: Path, case: dict[str, Any]):
+    def __init__(self, folder: Path, case: dict[str, Any], dtype: Any = jnp.float32):
         self.folder, self.case = folder, case
         self.inputs, self.recorded = _arrays(folder / "inputs.npz"), _arrays(folder / "outputs.npz")
         if not any(name.endswith("input_ids") for name in self.inputs):
@@ -94,7 +108,7 @@ class _ModelCase:
         if prefixes and (pixels := self._pixels(prefixes[0])) is not None:
             config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, tile_size=pixels.shape[1]))
         self.config: ModelConfig = config
-        self.ops = Ops(dtype=jnp.float32)
+        self.ops = Ops(dtype=dtype)
         self.graphdef, _ = abstract_model(config)
         self.params = jax.tree.map(jnp.asarray, load_weights(folder, config, np.float32))
         self.memo: dict[str, Any] = {}

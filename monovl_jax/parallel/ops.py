@@ -12,8 +12,9 @@
     nll         h [B, T, D]              the vocabulary of the head [D, Vp]      inside `losses.weighted_nll`
 
 Weights enter in pieces over `fsdp` and `tensor`, as `sharding.RULES` lays them. They are cast to the compute dtype, then gathered over
-`fsdp`; so the gradient of a gather is a reduce-scatter, and a frozen weight has none. Every sum between devices is made in float32:
-gradients leave a device as float32, and so do the partial sums of `tensor`.
+`fsdp`; so the gradient of a gather is a reduce-scatter, and a frozen weight has none. Every sum between devices is written in float32:
+gradients leave a device as float32, and so do the partial sums of `tensor`. The sums of activations are rounded to the compute dtype right
+after, for which XLA for TPU may send them in it already.
 
 Nothing here is partitioned by the compiler, which could not cut a Mosaic kernel; what is left to it works on single tokens (norms, rotary
 tables, activations), where nothing moves.

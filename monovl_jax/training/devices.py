@@ -31,9 +31,9 @@ PEAK_FLOPS: dict[str, float] = {
 }
 """Dense bfloat16 FLOP/s of one device as jax counts devices, by the words that `device_kind` begins with; the longest entry counts.
 
-From the makers' own sheets: Google's Cloud TPU pages "TPU v3", "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e" (peak compute per chip; a v3 chip is
-two devices), and NVIDIA's data sheets "A100 Tensor Core GPU", "H100 Tensor Core GPU", "H200 Tensor Core GPU", "L4", "L40S" and "DGX B200",
-whose figures with sparsity are halved. What is not here, CPUs among them, has no MFU."""
+From the makers' own sheets: Google's Cloud TPU pages "TPU v3", "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e" (peak compute per chip; a v3
+chip is two devices), and NVIDIA's data sheets "A100 Tensor Core GPU", "H100 Tensor Core GPU", "H200 Tensor Core GPU", "L4", "L40S" and
+"DGX B200", whose figures with sparsity are halved. What is not here, CPUs among them, has no MFU."""
 
 _TPU = {
     "xla_tpu_enable_latency_hiding_scheduler": True,
