@@ -247,8 +247,9 @@ def train(
     data: Path,
     init: Path | None = None,
     init_stage: str | None = None,
+    init_step: int | None = None,
     tokenizer: Path | None = None,
-    run_dir: Path | None = None,
+    run_dir: str | Path | None = None,
     stages: tuple[str, ...] = (),
     steps: int | None = None,
     seed: int | None = None,
@@ -263,8 +264,19 @@ def train(
     dtype: Literal["float32", "bfloat16"] | None = None,
     remat: Literal["none", "save_projections", "full"] | None = None,
     checkpoint_every: int = 500,
+    keep: int = 2,
+    milestone_every: int | None = None,
+    max_skipped: int = 5,
+    stall_seconds: float = 300.0,
+    preemption_exit_code: int = 143,
+    profile: str | None = None,
+    xla_option: tuple[str, ...] = (),
     threads: int = 4,
     index_dir: Path | None = None,
+    mesh_data: Annotated[int, tyro.conf.arg(name="mesh.data")] = -1,
+    mesh_fsdp: Annotated[int, tyro.conf.arg(name="mesh.fsdp")] = 1,
+    mesh_tensor: Annotated[int, tyro.conf.arg(name="mesh.tensor")] = 1,
+    distributed: bool | None = None,
 ) -> int:
     """Train a recipe on your own pictures and conversations (docs/training.md). Rerun the same command to resume.
 
@@ -273,8 +285,9 @@ def train(
         data: META.json, which lists the data sets.
         init: weights to start from, a run directory or a folder in the released layout; random ones without it.
         init_stage: of a run directory, the stage to start from; its last finished one by default.
+        init_step: of that stage, the step checkpoint whose parameters are taken; its optimizer state is dropped.
         tokenizer: a folder with tokenizer.json or tokenizer.model; that of --init by default.
-        run_dir: where checkpoints and logs go; runs/NAME of the recipe by default.
+        run_dir: where checkpoints and logs go, a folder or gs://...; runs/NAME of the recipe by default.
         stages: only these stages of the recipe.
         steps: of every stage, instead of the recipe's.
         seed: of random weights and of the order of the data, instead of the recipe's.
@@ -289,10 +302,25 @@ def train(
         dtype: of the computation; float32 on CPU and bfloat16 elsewhere by default.
         remat: what the backward pass computes again; none on CPU and save_projections elsewhere by default.
         checkpoint_every: steps between checkpoints.
+        keep: checkpoints that stay, the last ones.
+        milestone_every: steps between checkpoints that stay for good, a multiple of checkpoint_every.
+        max_skipped: updates in a row that are not finite, after which the run stops.
+        stall_seconds: a wait for data, device, disk or another host that is reported.
+        preemption_exit_code: of a run that SIGTERM stopped, after it has saved.
+        profile: START:STEPS, the steps to trace into the run directory.
+        xla_option: NAME=VALUE, compiler options beside or instead of those for this kind of device; NAME= leaves one out.
         threads: that decode pictures; they change no batch.
         index_dir: where the indices of the data are kept, for several runs to share; in the run directory by default.
+        mesh_data: devices among which rows are divided and parameters copied (docs/parallelism.md); -1 takes what the others leave.
+        mesh_fsdp: devices among which rows and parameters are divided.
+        mesh_tensor: devices among which heads, hidden units and vocabulary are divided.
+        distributed: join the processes of other hosts before anything else; found out from the environment by default.
     """
     from monovl_jax.recipes import launch
+    from monovl_jax.training.preemption import PreemptedError
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
 
     try:
         job = launch.prepare(
@@ -300,6 +328,7 @@ def train(
             data,
             init=init,
             init_stage=init_stage,
+            init_step=init_step,
             tokenizer=tokenizer,
             run_dir=run_dir,
             stages=stages,
@@ -316,9 +345,16 @@ def train(
             remat=remat,
             threads=threads,
             index_dir=index_dir,
-            say=lambda text: print(text, file=sys.stderr, flush=True),
+            mesh=(mesh_data, mesh_fsdp, mesh_tensor),
+            distributed=distributed,
+            say=say,
         )
-        records = job.check() if check else job.run(checkpoint_every)
+        options = launch.run_options(profile, xla_option, say)
+        options |= dict(keep=keep, milestone_every=milestone_every, max_skipped=max_skipped, stall_seconds=stall_seconds)
+        records = job.check() if check else job.run(checkpoint_every, **options)
+    except PreemptedError as stopped:
+        print(f"monovl train: {stopped}", file=sys.stderr)
+        return preemption_exit_code
     except launch.EXPECTED_ERRORS as error:
         print(f"monovl train: {error}", file=sys.stderr)
         return 2
@@ -433,7 +469,62 @@ def convert(
     return command
 
 
-COMMANDS = {"parity": parity, "demo": demo, "generate": generate, "chat": chat, "train": train, "convert": convert}
+def checkpoints_ls(run_dir: Positional[str]) -> int:
+    """What lies in a run directory: every base, step checkpoint and final, with size.
+
+    Args:
+        run_dir: of `monovl train`; a folder, or gs://...
+    """
+    from monovl_jax.training.inventory import checkpoints
+    from monovl_jax.training.store import RunError
+
+    try:
+        for entry in checkpoints(run_dir):
+            print(entry.line())
+    except (RunError, OSError) as error:
+        print(f"monovl checkpoints ls: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def checkpoints_verify(run_dir: Positional[str]) -> int:
+    """Read every checkpoint of a run back and compare its bits with those that were written. Exit code 1 when one is damaged.
+
+    Args:
+        run_dir: of `monovl train`; a folder, or gs://...
+    """
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from monovl_jax.training.inventory import verify
+    from monovl_jax.training.store import RunError
+
+    damaged = False
+    try:
+        for verdict in verify(run_dir, lambda text: print(f"reading {text}", file=sys.stderr, flush=True)):
+            damaged |= bool(verdict.problems)
+            print(verdict.line(), flush=True)
+    except (RunError, OSError) as error:
+        print(f"monovl checkpoints verify: {error}", file=sys.stderr)
+        return 2
+    return 1 if damaged else 0
+
+
+def checkpoints(
+    command: Annotated[int, tyro.conf.subcommand("ls", constructor=checkpoints_ls)]
+    | Annotated[int, tyro.conf.subcommand("verify", constructor=checkpoints_verify)],
+) -> int:
+    """What a run has saved, and whether it is whole (docs/checkpoints.md)."""
+    return command
+
+
+COMMANDS = {
+    "parity": parity,
+    "demo": demo,
+    "generate": generate,
+    "chat": chat,
+    "train": train,
+    "convert": convert,
+    "checkpoints": checkpoints,
+}
 
 
 def _prefer_huge_pages() -> None:

@@ -136,4 +136,4 @@ def export(
             raise ConfigError(f"{src} is a model folder, not a run; it has no stage {stage!r}")
         return export_model(src, dst, dtype, shard_gb, **options)
     config, final = final_folder(src, stage)
-    return export_params(final, config, src, dst, dtype, shard_gb, **options)
+    return export_params(Path(final), config, src, dst, dtype, shard_gb, **options)

@@ -30,7 +30,7 @@ def parsed(command: str, *arguments: str) -> dict:
 def test_arguments_of_train() -> None:
     seen = parsed("train", "evip", "--data", "m.json", "--stages", "S1.1", "S2", "--strict", "--run-dir", "runs/x", "--remat", "full")
     assert (seen["recipe"], seen["data"], seen["stages"], seen["strict"]) == ("evip", Path("m.json"), ("S1.1", "S2"), True)
-    assert seen["run_dir"] == Path("runs/x") and seen["remat"] == "full" and seen["dtype"] is None and seen["seed"] is None
+    assert seen["run_dir"] == "runs/x" and seen["remat"] == "full" and seen["dtype"] is None and seen["seed"] is None
 
 
 def test_train_needs_data(capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,11 +58,12 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def read_log(run_dir: Path) -> dict[str, list[dict[str, Any]]]:
-    """The rows of log.jsonl by stage."""
+    """The rows of log.jsonl by stage, without skipped updates."""
     rows: dict[str, list[dict[str, Any]]] = {}
     for line in (run_dir / "log.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        rows.setdefault(row["stage"], []).append(row)
+        if row["loss"] is not None:
+            rows.setdefault(row["stage"], []).append(row)
     return rows
 
 

@@ -117,9 +117,9 @@ def _expert_linear(x: jax.Array, text: Params, visual: Params | None, name: str,
 
     kernel, bias = parts(text)
     if routing is None or visual is None or name not in visual:
-        return linear(x, kernel, bias)
+        return ops.over_mesh(linear, name)(x, kernel, bias)
     visual_kernel, visual_bias = parts(visual)
-    return ops.routed_linear(x, (kernel, visual_kernel), routing, (bias, visual_bias))
+    return ops.over_mesh(ops.routed_linear, name)(x, (kernel, visual_kernel), routing, (bias, visual_bias))
 
 
 def attention_layer(
@@ -147,7 +147,7 @@ def attention_layer(
     q, k = apply_rope(qkv[..., :g, :], table), apply_rope(qkv[..., g, :], table)
     v = qkv[..., g + 1, :]
     if cache is None:
-        out = ops.attention(q, k, v, segments)
+        out = ops.over_mesh(ops.attention, "attention")(q, k, v, segments)
         k, v = by_head(k), by_head(v)
     else:
         old_k, old_v, kv_segments, length, layer = cache
@@ -170,8 +170,8 @@ def mlp_layer(p: Params, x: Float[Array, "b t d"], routing: Routing | None, ops:
     """The feed-forward experts: every token goes through the one of its type (upstream modeling_internlm2_ve.py:690-706)."""
     text, visual = p["text"], p.get("visual")
     if routing is None or visual is None:
-        return swiglu(x, text["gate"], text["up"], text["down"])
-    return ops.routed_swiglu(x, tuple((w["gate"], w["up"], w["down"]) for w in (text, visual)), routing)
+        return ops.over_mesh(swiglu, "mlp")(x, text["gate"], text["up"], text["down"])
+    return ops.over_mesh(ops.routed_swiglu, "mlp")(x, tuple((w["gate"], w["up"], w["down"]) for w in (text, visual)), routing)
 
 
 def block(p: Params, h: Float[Array, "b t d"], table, segments, routing, cache, config: DecoderConfig, ops: Ops) -> tuple[jax.Array, Any]:

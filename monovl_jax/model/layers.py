@@ -12,7 +12,8 @@ def rms_norm(x: Float[Array, "*b d"], scale: Float[Array, " d"], eps: float) -> 
     """RMSNorm: float32 statistics, cast back to the dtype of x BEFORE the weight is applied (modeling_internlm2_ve.py:138-143)."""
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return x32.astype(x.dtype) * scale.astype(x.dtype)
+    # The product of two rounded factors, rounded: what a multiplication in x.dtype gives, but the gradient of the scale adds up in float32.
+    return (x32.astype(x.dtype).astype(jnp.float32) * scale.astype(x.dtype).astype(jnp.float32)).astype(x.dtype)
 
 
 def layer_norm(x: Float[Array, "*b d"], scale: Float[Array, " d"], bias: Float[Array, " d"], eps: float) -> Float[Array, "*b d"]:

@@ -21,6 +21,11 @@ def _no_constraint(x: jax.Array, kind: str) -> jax.Array:
     return x
 
 
+def _on_one_device(f: Callable[..., Any], part: str) -> Callable[..., Any]:
+    del part
+    return f
+
+
 @dataclasses.dataclass(frozen=True)
 class Ops:
     """How the model computes. The defaults run anywhere on one device.
@@ -30,6 +35,8 @@ class Ops:
     implementation: of the routed layers (pallas_kernels.routed_swiglu): None takes the fastest that runs, the Pallas kernels on a TPU;
       'xla' or 'reference' does without them.
     constrain: called as constrain(array, kind) with kind 'tokens' | 'logits' | 'heads'; a mesh places arrays there.
+    over_mesh: called as over_mesh(f, part), gives the function that computes f over a mesh; part is 'vision' | 'projector_in' |
+      'projector_out' | 'embedding' | 'routing' | 'qkv' | 'attention' | 'out' | 'mlp' | 'nll' (`parallel.ops` says what lies where).
     """
 
     dtype: Any = jnp.float32
@@ -40,6 +47,7 @@ class Ops:
     routed_linear: Callable[..., jax.Array] = pallas_kernels.routed_linear
     routed_swiglu: Callable[..., jax.Array] = pallas_kernels.routed_swiglu
     constrain: Callable[[jax.Array, str], jax.Array] = _no_constraint
+    over_mesh: Callable[[Callable[..., Any], str], Callable[..., Any]] = _on_one_device
 
     def __post_init__(self) -> None:
         if self.remat not in ("none", "save_projections", "full"):

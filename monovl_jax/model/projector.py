@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from monovl_jax.model.layers import layer_norm, linear
+from monovl_jax.model.ops import Ops
 
 LAYER_NORM_EPS = 1e-5
 
@@ -24,7 +25,7 @@ class Projector(nnx.Module):
         self.kernel2 = nnx.Param(jax.random.normal(rngs.params(), (d, d)) * d**-0.5)
         self.bias2 = nnx.Param(jnp.zeros((d,)))
 
-    def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b d"]:
+    def __call__(self, x: Float[Array, "*b c"], ops: Ops) -> Float[Array, "*b d"]:
         x = layer_norm(x, self.norm_scale[...], self.norm_bias[...], LAYER_NORM_EPS)
-        x = jax.nn.gelu(linear(x, self.kernel1[...], self.bias1[...]), approximate=False)
-        return linear(x, self.kernel2[...], self.bias2[...])
+        x = ops.over_mesh(linear, "projector_in")(x, self.kernel1[...], self.bias1[...])
+        return ops.over_mesh(linear, "projector_out")(jax.nn.gelu(x, approximate=False), self.kernel2[...], self.bias2[...])

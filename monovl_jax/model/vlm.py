@@ -43,6 +43,11 @@ def _place_bwd(saved, g):
 place_visual_tokens.defvjp(_place_fwd, _place_bwd)
 
 
+def embedding_rows(table: Float[Array, "v d"], tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+    """table[tokens], zeros for an id beyond the table. In the dtype of the table, so that the gradients of a word add up in it."""
+    return table.at[tokens].get(mode="fill", fill_value=0)
+
+
 class VLM(nnx.Module):
     """A monolithic vision-language model. Parameters only; everything else is an argument or a result."""
 
@@ -56,9 +61,11 @@ class VLM(nnx.Module):
     def visual_tokens(self, tiles: Num[Array, "b k h w 3"], ops: Ops) -> Float[Array, "b n d"]:
         """Tiles (uint8, or float32 normalised already) to K * tokens_per_tile visual tokens a row."""
         b, k = tiles.shape[:2]
+        graphdef, vision = nnx.split(self.vision)
+        patches = ops.over_mesh(lambda tiles, vision: nnx.merge(graphdef, vision)(tiles, ops.dtype), "vision")
 
         def run(tiles: jax.Array) -> jax.Array:
-            return self.projector(self.vision(tiles, ops.dtype))
+            return self.projector(patches(tiles, vision), ops)
 
         tokens = with_remat(run, ops)(tiles.reshape(b * k, *tiles.shape[2:]))
         return ops.constrain(tokens.reshape(b, -1, tokens.shape[-1]), "tokens")
@@ -72,7 +79,7 @@ class VLM(nnx.Module):
         ops: Ops,
     ) -> Float[Array, "b t d"]:
         """Token embeddings with visual tokens in their slots."""
-        h = self.decoder.embedding[...].astype(ops.dtype)[tokens]
+        h = ops.over_mesh(embedding_rows, "embedding")(self.decoder.embedding[...], tokens).astype(ops.dtype)
         if tiles is not None and visual_slot is not None:
             # Nothing of a tile that fills no slot is wanted, but in the projector's weight gradient 0 * nan would be nan.
             used = jnp.any((visual_slot >= 0).reshape(*tiles.shape[:2], -1), axis=-1)
@@ -85,7 +92,7 @@ class VLM(nnx.Module):
         if self.config.decoder.experts == "none":
             return None
         expert = jnp.array([*self.config.expert_of_type, -1], jnp.int32)[token_types.astype(jnp.int32)]
-        return ops.make_routing(expert)
+        return ops.over_mesh(ops.make_routing, "routing")(expert)
 
     def __call__(
         self,

@@ -6,8 +6,11 @@ import re
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from monovl_jax.parallel.mesh import MeshError
 
 RULES: tuple[tuple[str, P], ...] = (
     # The visual tokenizer is 1.6M parameters: whole everywhere.
@@ -43,14 +46,15 @@ def partition_spec(path: str, rules: tuple[tuple[str, P], ...] = RULES) -> P:
 
 
 def parameter_sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    """The place of one parameter. Raises ValueError when no rule matches, or when an axis of the mesh does not divide its dimension."""
+    """The place of one parameter. Raises ValueError when no rule matches, MeshError when a mesh axis cannot divide its dimension."""
     spec = partition_spec(path)
     for dimension, axis in enumerate(spec):
         size = 1 if axis is None else mesh.shape[axis]
         if dimension >= len(shape) or shape[dimension] % size:
-            raise ValueError(
+            heads = f": the {shape[dimension]} kv heads of the model" if axis == "tensor" and "/qkv" in path else ""
+            raise MeshError(
                 f"{path} has shape {list(shape)}; its dimension {dimension} cannot be divided over {size} devices of the mesh axis "
-                f"{axis!r}; make that axis smaller"
+                f"{axis!r}{heads}; make that axis smaller"
             )
     return NamedSharding(mesh, spec)
 
@@ -60,6 +64,31 @@ def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: parameter_sharding(jax.tree_util.keystr(path, simple=True, separator="/"), tuple(leaf.shape), mesh), tree
     )
+
+
+def place_parameters(tree: Any, mesh: Mesh) -> Any:
+    """Parameters of the host or of one device where the rules say, in the dtypes they have. Each process copies only what it holds.
+
+    Leaves that lie there already are taken as they are.
+    """
+
+    def place(leaf: Any, sharding: NamedSharding) -> jax.Array:
+        if isinstance(leaf, jax.Array) and (jax.process_count() == 1 or not leaf.is_fully_addressable):
+            return jax.device_put(leaf, sharding)
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(place, tree, parameter_shardings(tree, mesh))
+
+
+def check_rows(rows: int, what: str, mesh: Mesh) -> None:
+    """Raises MeshError when data * fsdp does not divide the rows of a micro-batch."""
+    groups = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % groups:
+        raise MeshError(
+            f"{what} has {rows} rows a micro-batch, which {groups} devices (data {mesh.shape['data']} * fsdp {mesh.shape['fsdp']}) cannot "
+            "share equally; change batch_size, accumulation or the mesh"
+        )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -21,11 +21,22 @@ MakeParts = Callable[[Stage, Mapping[str, float], int, int], Sequence[Part]]
 class Feed:
     """The data of every stage: packed rows with pictures, and where the stage asks for it, rows of text beside them.
 
-    window, threads: see `data.pipeline.Pipeline`; threads change no batch. Each process makes its own part of a batch. The pipelines of a
-    stage are made once. Raises what `parts` and `Pipeline` raise.
+    window, threads: see `data.pipeline.Pipeline`; threads change no batch. share: (index, count), which part of each batch this process
+    makes (`parallel.mesh.row_share`); by default each process another one. The pipelines of a stage are made once. Raises what `parts` and
+    `Pipeline` raise.
     """
 
-    def __init__(self, vision: VisionConfig, image_context_id: int, parts: MakeParts, *, window: int = 2048, threads: int = 1):
+    def __init__(
+        self,
+        vision: VisionConfig,
+        image_context_id: int,
+        parts: MakeParts,
+        *,
+        window: int = 2048,
+        threads: int = 1,
+        share: tuple[int, int] | None = None,
+    ):
+        self._index, self._count = share or (jax.process_index(), jax.process_count())
         self._vision, self._context, self._parts = vision, image_context_id, parts
         self._window, self._threads = window, threads
         self._made: dict[str, tuple[Pipeline, Pipeline | None]] = {}
@@ -38,8 +49,8 @@ class Feed:
             spec,
             rows,
             stage.seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=self._index,
+            process_count=self._count,
             window=self._window,
             threads=self._threads,
         )

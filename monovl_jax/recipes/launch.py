@@ -13,18 +13,22 @@ import importlib
 import importlib.util
 import inspect
 import json
+import logging
 import math
 import pkgutil
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 import monovl_jax.recipes
 from monovl_jax.config import ConfigError, ModelConfig, config_to_json, read_config
@@ -40,13 +44,20 @@ from monovl_jax.data.sources import BadSamples, Encoding, First
 from monovl_jax.data.tiling import TilingConfig
 from monovl_jax.data.tokenizer import Tokenizer
 from monovl_jax.model import Ops
+from monovl_jax.parallel import hosts
+from monovl_jax.parallel.hosts import HostsError, in_turn
+from monovl_jax.parallel.mesh import MeshError, make_mesh, row_share
 from monovl_jax.recipes.feed import Feed
 from monovl_jax.training import checkpoint
-from monovl_jax.training.checkpoint import RunError, StageStore, load_run, read_experiment, read_recipe
-from monovl_jax.training.loop import Records, TrainingError, train
+from monovl_jax.training.checkpoint import RunError, StageStore, load_run, load_step, read_experiment, read_recipe, step_store
+from monovl_jax.training.devices import compiler_options
+from monovl_jax.training.files import AnyPath, is_remote
+from monovl_jax.training.files import place as located
+from monovl_jax.training.loop import Records, TrainingError, check_mesh, train
+from monovl_jax.training.profiling import parse_profile
 from monovl_jax.training.stages import Recipe, RecipeError, Stage
 from monovl_jax.training.step import BatchError
-from monovl_jax.training.trainable import Initial, TrainableError
+from monovl_jax.training.trainable import Initial, TrainableError, Tree
 
 DEFAULT_NAME = "recipe"
 """What is looked for in a module or file when no name is given."""
@@ -57,6 +68,10 @@ INDEXING_INTERVAL = 5.0
 """Seconds between two lines about an index in the making."""
 
 Say = Callable[[str], None]
+
+
+def _silent(text: str) -> None:
+    del text
 
 
 class LaunchError(ValueError):
@@ -73,6 +88,8 @@ EXPECTED_ERRORS = (
     TrainableError,
     TrainingError,
     BatchError,
+    MeshError,
+    HostsError,
     SampleError,
     OSError,
 )
@@ -189,42 +206,49 @@ def adapted(recipe: Recipe, stages: Sequence[str] = (), steps: int | None = None
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """Weights to begin with. words: for people. identity: JSON value that tells these weights from others."""
+    """Weights to begin with. load: reads them, onto the mesh where the format can be read in pieces. words: for people.
+    identity: JSON value that tells these weights from others."""
 
     config: ModelConfig
-    load: Initial
+    load: Callable[[Mesh], Tree]
     words: str
     identity: Any
 
 
-def find_start(path: Path, stage: str | None = None) -> Start:
+def find_start(path: Path, stage: str | None = None, step: int | None = None) -> Start:
     """The weights of a run directory (after `stage`, by default its last finished one), an imported model, or a released folder.
 
-    Nothing is loaded yet, but names and shapes are checked. Raises ConfigError, WeightsError or RunError.
+    step: of a stage, the step checkpoint whose parameters are taken, without the optimizer state. Nothing is loaded yet, but names and
+    shapes are checked. Raises ConfigError, WeightsError or RunError.
     """
     if not path.is_dir():
         raise ConfigError(f"{path} is no folder; give a run directory or a model folder")
     if (path / checkpoint.EXPERIMENT).is_file():
         recipe = read_recipe(path)
+        if step is not None:
+            chosen = stage or recipe.stages[-1].name
+            base = step_store(path, chosen, step)[1].check_step(step)["base"]
+            identity = {"run": read_experiment(path)["digest"], "stage": chosen, "step": step, "base": base}
+            return Start(recipe.model, lambda mesh: load_step(path, chosen, step, mesh)[1], f"{path} at step {step} of {chosen}", identity)
         finished = [s.name for s in recipe.stages if StageStore(path, s.name).has_final()]
         chosen = stage or (finished or [""])[-1]
         if chosen not in finished:
             which = f"stage {chosen!r} has not finished" if chosen else "no stage has finished"
-            raise RunError(f"{path}: {which}; finished: {', '.join(finished) or 'none'}")
+            raise RunError(f"{path}: {which}; finished: {', '.join(finished) or 'none'}. --init-step takes one of its step checkpoints")
         digest = read_experiment(path)["digest"]
-        return Start(recipe.model, lambda: load_run(path, chosen)[1], f"{path} after {chosen}", {"run": digest, "stage": chosen})
-    if stage is not None:
-        raise ConfigError(f"{path} is a model folder, not a run; it has no stage {stage!r}")
+        return Start(recipe.model, lambda mesh: load_run(path, chosen, mesh)[1], f"{path} after {chosen}", {"run": digest, "stage": chosen})
+    if stage is not None or step is not None:
+        raise ConfigError(f"{path} is a model folder, not a run; it has no stage {stage or 'of that step'!r}")
     config = read_config(path)
     if is_imported(path):
         read_marker(path)
         files = sorted(file for file in (path / PARAMS).rglob("*") if file.is_file())
         digest = hashlib.sha256("".join(f"{file.name}{file_digest(file, blocks=4)}" for file in files).encode()).hexdigest()[:16]
-        return Start(config, lambda: load_imported(path, config), str(path), {"imported": digest})
+        return Start(config, lambda mesh: load_imported(path, config, mesh), str(path), {"imported": digest})
     check_names(WeightFiles(path), config)
     files = sorted(file for pattern in ("*.safetensors", "pytorch_model*.bin") for file in path.glob(pattern))
     digest = hashlib.sha256("".join(f"{file.name}{file_digest(file)}" for file in files).encode()).hexdigest()[:16]
-    return Start(config, lambda: load_weights(path, config), str(path), {"weights": digest})
+    return Start(config, lambda mesh: load_weights(path, config), str(path), {"weights": digest})
 
 
 def check_start(config: ModelConfig, start: Start) -> None:
@@ -388,12 +412,13 @@ class Launch:
     """A run that is ready to start. Make one with `prepare`."""
 
     recipe: Recipe
-    run_dir: Path
+    run_dir: AnyPath
     feed: Feed
     data: OwnData
     ops: Ops
     initial: Initial | None
     identity: dict[str, Any]
+    mesh: Mesh
     say: Say
 
     def __post_init__(self) -> None:
@@ -402,7 +427,7 @@ class Launch:
     def write_files(self) -> None:
         """Writes config.json, tokenizer and data.json into the run directory, by now ours."""
         if jax.process_index() == 0:
-            self.data.tokenizer.save(self.run_dir)
+            save_tokenizer(self.data.tokenizer, self.run_dir)
             (self.run_dir / "config.json").write_text(config_to_json(self.recipe.model), encoding="utf-8")
             checkpoint.write_json(self.run_dir / DATA, self.data.summary)
 
@@ -435,8 +460,9 @@ class Launch:
                 )
         self.say(self._bad())
 
-    def run(self, checkpoint_every: int = 500) -> Records:
-        """Trains what is left of the recipe; see `training.loop.train` for the result and what it raises."""
+    def run(self, checkpoint_every: int = 500, **options: Any) -> Records:
+        """Trains what is left of the recipe; see `training.loop.train` for the options, the result and what it raises."""
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs pages about an error of which we say a sentence
         records = train(
             self.recipe,
             self.run_dir,
@@ -444,11 +470,36 @@ class Launch:
             initial=self.initial,
             ops=self.ops,
             frozen_dtype=self.ops.dtype,
+            mesh=self.mesh,
             identity=self.identity,
             checkpoint_every=checkpoint_every,
+            **options,
         )
         self.say(self._bad())
         return records
+
+
+def run_options(profile: str | None, xla_option: Sequence[str], say: Say = print) -> dict[str, Any]:
+    """Options of `Launch.run` as the command line spells them; says which XLA options are used. Raises LaunchError."""
+    try:
+        options = compiler_options(jax.devices()[0].device_kind, xla_option)
+        steps = None if profile is None else parse_profile(profile)
+    except ValueError as error:
+        raise LaunchError(str(error)) from None
+    if options:
+        say(f"XLA options: {' '.join(f'{name}={value}' for name, value in options.items())}")
+    return {"profile": steps, "xla_options": options}
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: AnyPath) -> None:
+    """Writes a tokenizer's files into a folder, which may lie in a bucket."""
+    if isinstance(folder, Path):
+        tokenizer.save(folder)
+        return
+    with tempfile.TemporaryDirectory() as near:
+        tokenizer.save(near)
+        for file in Path(near).iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
 
 
 def make_ops(dtype: str | None = None, remat: str | None = None) -> Ops:
@@ -458,7 +509,7 @@ def make_ops(dtype: str | None = None, remat: str | None = None) -> Ops:
     return Ops(dtype=jnp.dtype(dtype or ("float32" if cpu else "bfloat16")).type, remat=chosen)
 
 
-def check_run_dir(run_dir: Path, recipe: Recipe, identity: Mapping[str, Any]) -> None:
+def check_run_dir(run_dir: AnyPath, recipe: Recipe, identity: Mapping[str, Any]) -> None:
     """Raises RunError when the run directory belongs to another experiment, or is no place for a run. Creates nothing."""
     if run_dir.exists() and not run_dir.is_dir():
         raise RunError(f"{run_dir} is a file; give a directory")
@@ -472,7 +523,7 @@ def check_run_dir(run_dir: Path, recipe: Recipe, identity: Mapping[str, Any]) ->
         )
 
 
-def check_same_data(run_dir: Path, summary: Mapping[str, Any]) -> None:
+def check_same_data(run_dir: AnyPath, summary: Mapping[str, Any]) -> None:
     """Raises RunError when a run that is continued would read other samples than before (pictures have come or gone)."""
     path = run_dir / DATA
     if not path.exists():
@@ -493,8 +544,9 @@ def prepare(
     *,
     init: Path | None = None,
     init_stage: str | None = None,
+    init_step: int | None = None,
     tokenizer: Path | None = None,
-    run_dir: Path | None = None,
+    run_dir: str | AnyPath | None = None,
     stages: Sequence[str] = (),
     steps: int | None = None,
     seed: int | None = None,
@@ -509,13 +561,19 @@ def prepare(
     remat: str | None = None,
     threads: int = 4,
     index_dir: Path | None = None,
+    mesh: tuple[int, int, int] = (-1, 1, 1),
+    distributed: bool | None = None,
     say: Say = print,
 ) -> Launch:
-    """Everything up to the first step: recipe, weights, tokenizer and run directory checked, the data indexed. Compiles nothing.
+    """Everything up to the first step: recipe, weights, tokenizer, mesh and run directory checked, the data indexed. Compiles nothing.
 
-    See docs/training.md for the arguments, which are those of `monovl train`. Raises one of EXPECTED_ERRORS.
+    See docs/training.md for the arguments, which are those of `monovl train`; mesh: sizes of data, fsdp and tensor. On several hosts each
+    process calls this; process 0 alone speaks and makes the index. Raises one of EXPECTED_ERRORS.
     """
-    start = None if init is None else find_start(init, init_stage)
+    hosts.start(distributed)
+    if jax.process_index() > 0:
+        say = _silent
+    start = None if init is None else find_start(init, init_stage, init_step)
     chosen = adapted(
         find_recipe(recipe, None if start is None else start.config),
         stages,
@@ -531,6 +589,8 @@ def prepare(
     used = check_mixtures(chosen, sets, meta)
     for stage in chosen.stages:
         chosen.trainable_paths(stage)
+    grid = make_mesh(*mesh)
+    check_mesh(chosen, grid)
     if start is not None:
         check_start(chosen.model, start)
         chosen = dataclasses.replace(chosen, model=dataclasses.replace(chosen.model, upstream=start.config.upstream))
@@ -542,7 +602,9 @@ def prepare(
     except ValueError as error:
         raise LaunchError(str(error)) from None
     check_tokenizer(words, chosen.model, folder)
-    place = Path("runs") / chosen.name if run_dir is None else run_dir
+    given = Path("runs") / chosen.name if run_dir is None else run_dir
+    place = located(given) if is_remote(given) else Path(given)
+    near = place if isinstance(place, Path) else Path("runs") / chosen.name  # for the index and what is appended to: not in a bucket
     identity = {
         "data": {name: sets[name].identity() for name in used},
         "verify_images": verify_images,
@@ -554,6 +616,9 @@ def prepare(
     names = ", ".join(f"{stage.name} ({stage.steps} steps)" for stage in chosen.stages)
     parameters = sum(math.prod(shape) for shape in upstream_shapes(chosen.model).values())  # without the padding of the vocabulary
     say(f"recipe {chosen.name}: {names}; {parameters:,} parameters; run directory {place}")
+    if grid.size > 1:
+        shape = ", ".join(f"{axis} {size}" for axis, size in grid.shape.items())
+        say(f"mesh {shape}: {grid.size} {jax.devices()[0].device_kind} devices of {jax.process_count()} processes")
     if start is None:
         say(f"warning: no --init, so the run starts from RANDOM weights (seed {chosen.seed})")
     else:
@@ -561,24 +626,21 @@ def prepare(
     if chosen.copy_experts_before:
         mark = "" if start is None else "warning: "  # whoever brings weights may have trained experts in them
         say(f"{mark}before {chosen.copy_experts_before} the visual experts are replaced by copies of the text experts, as the recipe says")
-    data = OwnData(
-        chosen.model,
-        words,
-        {name: sets[name] for name in sets if name in used},
-        BadSamples(place / BAD_SAMPLES),
-        index_dir or place / INDEX,
-        chosen.seed,
-        strict,
-        verify_images,
-        say,
-    )
-    feed = Feed(chosen.model.vision, words.id_of(IMAGE_CONTEXT), data, threads=threads)
-    for stage in chosen.stages:
-        try:
-            feed.pipelines(stage)
-        except SampleError:
-            raise
-        except ValueError as error:
-            raise LaunchError(f"stage {stage.name!r}: {error}") from None
+
+    def index() -> tuple[OwnData, Feed]:
+        used_sets, bad = {name: sets[name] for name in sets if name in used}, BadSamples(near / BAD_SAMPLES)
+        data = OwnData(chosen.model, words, used_sets, bad, index_dir or near / INDEX, chosen.seed, strict, verify_images, say)
+        feed = Feed(chosen.model.vision, words.id_of(IMAGE_CONTEXT), data, threads=threads, share=row_share(grid))
+        for stage in chosen.stages:
+            try:
+                feed.pipelines(stage)
+            except SampleError:
+                raise
+            except ValueError as error:
+                raise LaunchError(f"stage {stage.name!r}: {error}") from None
+        return data, feed
+
+    data, feed = in_turn(index)
     check_same_data(place, data.summary)
-    return Launch(chosen, place, feed, data, make_ops(dtype, remat), None if start is None else start.load, identity, say)
+    initial = None if start is None else partial(start.load, grid)
+    return Launch(chosen, place, feed, data, make_ops(dtype, remat), initial, identity, grid, say)

@@ -1,12 +1,9 @@
-"""A run directory: what lies where, who may continue it, and how to read it back.
+"""A run directory: whose it is, who may continue it, and how to read it back.
 
     RUN/experiment.json             the recipe and everything else that decides the numbers, with a digest
-    RUN/stages/<stage>/base         the frozen leaves, written when the stage starts          } removed when `final`
-    RUN/stages/<stage>/steps/<n>    trainable leaves, optimizer state, step, data position    } is there
-    RUN/stages/<stage>/final        every parameter of the model after the stage
-    RUN/stages/<stage>/done.json    steps, seconds, last loss, what the evaluation returned
+    RUN/stages/<stage>/...          the folder of each stage: see `training.store`
 
-Every piece is written beside its name and renamed when complete: a kill at any instant leaves the last complete one.
+The directory may be local or lie in a bucket (`gs://...`).
 """
 
 from __future__ import annotations
@@ -15,29 +12,25 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from monovl_jax.config import ModelConfig
 from monovl_jax.parallel.sharding import parameter_shardings
+from monovl_jax.training.files import AnyPath, is_remote, place, write_json
+from monovl_jax.training.lora import merged
 from monovl_jax.training.stages import Recipe
-from monovl_jax.training.trainable import TrainableError, Tree, check_tree, model_structure
+from monovl_jax.training.store import RunError, StageStore, abstract, saved_shapes
+from monovl_jax.training.trainable import TrainableError, Tree, check_tree, merge_trees, model_structure
 
 FORMAT = 1
 EXPERIMENT = "experiment.json"
-
-
-class RunError(ValueError):
-    """A run directory that cannot be used; the message says what differs or is missing, and the mend."""
 
 
 # ---- the experiment ----------------------------------------------------------------------------------------------------------------
@@ -55,16 +48,9 @@ def experiment(recipe: Recipe, identity: Mapping[str, Any] | None = None) -> dic
     return {"format": FORMAT, "digest": hashlib.sha256(canonical.encode()).hexdigest(), **body, "upstream": upstream}
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON so that a kill leaves the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def read_experiment(run_dir: str | Path) -> dict[str, Any]:
+def read_experiment(run_dir: str | AnyPath) -> dict[str, Any]:
     """The `experiment.json` of a run. Raises RunError when the directory is no run, or is of another format."""
-    path = Path(run_dir) / EXPERIMENT
+    path = place(run_dir) / EXPERIMENT
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -96,12 +82,12 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def claim_run(run_dir: str | Path, wanted: Mapping[str, Any]) -> bool:
+def claim_run(run_dir: str | AnyPath, wanted: Mapping[str, Any]) -> bool:
     """Makes a run directory for an experiment, or checks that it belongs to it. Returns whether it was there before.
 
     Raises RunError when it belongs to another experiment (says what differs), or holds stages but no experiment.
     """
-    run = Path(run_dir)
+    run = place(run_dir)
     if (run / EXPERIMENT).exists():
         found = read_experiment(run)
         if found["digest"] != wanted["digest"] or differences(found, wanted):
@@ -120,11 +106,17 @@ def claim_run(run_dir: str | Path, wanted: Mapping[str, Any]) -> bool:
 
 
 @contextlib.contextmanager
-def run_lock(run_dir: str | Path) -> Iterator[None]:
-    """Holds a run directory for this process; the lock dies with it. Raises RunError when another process holds it."""
+def run_lock(run_dir: str | AnyPath) -> Iterator[None]:
+    """Holds a run directory for this process; the lock dies with it. Raises RunError when another process holds it.
+
+    Buckets, and systems without such locks, have none.
+    """
     try:
         import fcntl
-    except ImportError:  # no such locks on this system
+    except ImportError:
+        yield
+        return
+    if is_remote(run_dir):
         yield
         return
     with open(Path(run_dir) / ".lock", "w") as file:
@@ -154,155 +146,37 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     return value
 
 
-def read_recipe(run_dir: str | Path) -> Recipe:
+def read_recipe(run_dir: str | AnyPath) -> Recipe:
     """The recipe of a run."""
     raw = read_experiment(run_dir)
     raw["recipe"]["model"]["upstream"] = raw.get("upstream", "{}")
-    return _build(Recipe, raw["recipe"], f"{Path(run_dir) / EXPERIMENT}: recipe")
+    return _build(Recipe, raw["recipe"], f"{place(run_dir) / EXPERIMENT}: recipe")
 
 
-# ---- one stage ---------------------------------------------------------------------------------------------------------------------
+# ---- reading it back ---------------------------------------------------------------------------------------------------------------
 
 
-def abstract(tree: Any, shardings: Any, dtype: Any = None) -> Any:
-    """ShapeDtypeStructs with a place each: what to restore, and where to."""
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=s), tree, shardings)
+def _places(mesh: Mesh | None) -> Callable[[Tree], Any]:
+    """A sharding for every parameter of a tree: by the rules on a mesh, else the first device."""
+    one = SingleDeviceSharding(jax.local_devices()[0])
+    return lambda shapes: jax.tree.map(lambda _: one, shapes) if mesh is None else parameter_shardings(shapes, mesh)
 
 
-def _save(path: Path, tree: Tree) -> None:
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path, tree, force=True)
-
-
-def _saved_shapes(path: Path) -> Tree:
-    with ocp.StandardCheckpointer() as checkpointer:
-        metadata: Any = checkpointer.metadata(path)
-    return jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), getattr(metadata, "item_metadata", metadata).tree)
-
-
-def _restore(path: Path, target: Tree, config: ModelConfig | None = None) -> Tree:
+def _check_model(tree: Any, config: ModelConfig, where: AnyPath) -> None:
     try:
-        check_tree(_saved_shapes(path), target, str(path))
-    except TrainableError as error:
-        whose = "" if config is None else " (is it of another model config?)"
-        raise RunError(f"{error}{whose}; give another run directory, or delete this one") from None
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(path, target)
-
-
-class StageStore:
-    """The folder of one stage.
-
-    keep: how many step checkpoints stay. asynchronous: write step checkpoints in the background; by default everywhere but on CPU, where
-    Orbax writes from the very buffers that the next step overwrites.
-    """
-
-    def __init__(self, run_dir: str | Path, stage: str, keep: int = 2, asynchronous: bool | None = None):
-        self.folder = Path(run_dir).absolute() / "stages" / stage
-        self.base, self.steps, self.final, self.done = (self.folder / name for name in ("base", "steps", "final", "done.json"))
-        self.keep = keep
-        self.asynchronous = jax.default_backend() != "cpu" if asynchronous is None else asynchronous
-        self._manager: ocp.CheckpointManager | None = None
-
-    def __enter__(self) -> StageStore:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._manager is not None:
-            self._manager.close()
-            self._manager = None
-
-    @property
-    def manager(self) -> ocp.CheckpointManager:
-        if self._manager is None:
-            if jax.process_index() == 0:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                for leftover in self.folder.glob("*.orbax-checkpoint-tmp*"):
-                    shutil.rmtree(leftover, ignore_errors=True)
-            options = ocp.CheckpointManagerOptions(
-                max_to_keep=self.keep, enable_async_checkpointing=self.asynchronous, cleanup_tmp_directories=True
-            )
-            self._manager = ocp.CheckpointManager(self.steps, options=options, item_names=("state", "meta"))
-        return self._manager
-
-    def has_final(self) -> bool:
-        return self.final.exists()
-
-    def record(self) -> dict[str, Any] | None:
-        """What `finish` wrote; None while the stage is not done."""
-        return json.loads(self.done.read_text(encoding="utf-8")) if self.done.exists() else None
-
-    def latest(self) -> int | None:
-        """The last complete step checkpoint; None when there is none."""
-        return self.manager.latest_step() if self.steps.exists() and self.base.exists() else None
-
-    def save_base(self, frozen: Tree) -> None:
-        """Writes the frozen leaves, over those of an attempt that was killed before its first step checkpoint."""
-        self.manager  # noqa: B018 (makes the folder, clears leftovers)
-        if frozen:
-            _save(self.base, frozen)
-        else:
-            self.base.mkdir(exist_ok=True)
-
-    def restore_base(self, target: Tree, config: ModelConfig | None = None) -> Tree:
-        return _restore(self.base, target, config) if target else {}
-
-    def save(self, step: int, trainable: Tree, opt_state: Any, meta: Mapping[str, Any]) -> None:
-        """Writes a step checkpoint; `meta` is JSON. Complete on return unless asynchronous."""
-        state = {"trainable": trainable, "opt_state": opt_state}
-        self.manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(dict(meta))))
-
-    def restore(self, step: int, trainable: Any, opt_state: Any) -> tuple[Tree, Any, dict[str, Any]]:
-        """(trainable, opt_state, meta) of a step checkpoint, placed as the two abstract trees say. Raises RunError when they do not fit."""
-        target = {"trainable": trainable, "opt_state": opt_state}
-        try:
-            back = self.manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore()))
-        except (ValueError, KeyError, TypeError) as error:
-            raise RunError(
-                f"{self.steps / str(step)} does not fit this model ({error}); give another run directory, or delete this one"
-            ) from None
-        return back["state"]["trainable"], back["state"]["opt_state"], dict(back["meta"])
-
-    def save_final(self, parameters: Tree, record: Mapping[str, Any]) -> None:
-        """Writes the whole model, then drops what it makes unnecessary."""
-        self.manager.wait_until_finished()
-        if jax.process_index() == 0:
-            write_json(self.folder / "trained.json", dict(record))
-        _save(self.final, parameters)
-
-    def trained(self) -> dict[str, Any]:
-        """What `save_final` recorded."""
-        return json.loads((self.folder / "trained.json").read_text(encoding="utf-8"))
-
-    def drop_steps(self) -> None:
-        """Removes step checkpoints and base: a stage with a `final` is never continued."""
-        self.__exit__()
-        if jax.process_index() == 0 and self.has_final():
-            for folder in (self.steps, self.base):
-                shutil.rmtree(folder, ignore_errors=True)
-
-    def restore_final(self, target: Tree, config: ModelConfig | None = None) -> Tree:
-        return _restore(self.final, target, config)
-
-    def finish(self, record: Mapping[str, Any]) -> None:
-        """Marks the stage as done."""
-        if jax.process_index() == 0:
-            write_json(self.done, dict(record))
-
-
-def final_target(folder: Path, config: ModelConfig, mesh: Mesh | None = None) -> Tree:
-    """The abstract tree of a `final`: shapes of the model, dtypes as they were saved; on the first device, or on a mesh by the rules."""
-    shapes, saved = model_structure(config).shapes, _saved_shapes(folder)
-    try:
-        check_tree(saved, shapes, str(folder))
+        check_tree(tree, model_structure(config).shapes, str(where))
     except TrainableError as error:
         raise RunError(f"{error} (is it of another model config?); give another run directory, or delete this one") from None
-    one = SingleDeviceSharding(jax.local_devices()[0])
-    places = jax.tree.map(lambda _: one, shapes) if mesh is None else parameter_shardings(shapes, mesh)
-    return abstract(saved, places)
 
 
-def final_folder(run_dir: str | Path, stage: str | None = None) -> tuple[ModelConfig, Path]:
+def final_target(folder: AnyPath, config: ModelConfig, mesh: Mesh | None = None) -> Tree:
+    """The abstract tree of a `final`: shapes of the model, dtypes as they were saved; on the first device, or on a mesh by the rules."""
+    saved = saved_shapes(folder)
+    _check_model(saved, config, folder)
+    return abstract(saved, _places(mesh)(model_structure(config).shapes))
+
+
+def final_folder(run_dir: str | AnyPath, stage: str | None = None) -> tuple[ModelConfig, AnyPath]:
     """(config, Orbax folder of the parameters) of a run after a stage, by default the last one that has finished training.
 
     Raises RunError when the directory is no run or the stage has not finished.
@@ -322,14 +196,44 @@ def final_folder(run_dir: str | Path, stage: str | None = None) -> tuple[ModelCo
     return recipe.model, stores[chosen].final
 
 
-def load_run(run_dir: str | Path, stage: str | None = None, mesh: Mesh | None = None) -> tuple[ModelConfig, Tree]:
+def load_run(run_dir: str | AnyPath, stage: str | None = None, mesh: Mesh | None = None) -> tuple[ModelConfig, Tree]:
     """(config, parameters as a nested dict) of a run, after a stage.
 
     Args:
       stage: by default the last one that has finished training.
       mesh: where to put them; by default on the first device.
 
-    Raises RunError when the directory is no run or the stage has not finished.
+    Raises RunError when the directory is no run or the stage has not finished, DamagedError when it is not what was written.
     """
     config, final = final_folder(run_dir, stage)
-    return config, _restore(final, final_target(final, config, mesh), config)
+    return config, StageStore(run_dir, final.parent.name).restore_final(final_target(final, config, mesh))
+
+
+def step_store(run_dir: str | AnyPath, stage: str, step: int) -> tuple[Recipe, StageStore]:
+    """(recipe, store) of a step checkpoint that is there. Raises RunError when it is not, saying which are."""
+    recipe = read_recipe(run_dir)
+    if stage not in (names := [s.name for s in recipe.stages]):
+        raise RunError(f"{run_dir} has no stage {stage!r}; its stages: {', '.join(names)}")
+    store = StageStore(run_dir, stage)
+    if step not in (steps := store.all_steps()):
+        raise RunError(f"{run_dir}: stage {stage!r} has no checkpoint of step {step}; it has: {', '.join(map(str, steps)) or 'none'}")
+    return recipe, store
+
+
+def load_step(run_dir: str | AnyPath, stage: str, step: int, mesh: Mesh | None = None) -> tuple[ModelConfig, Tree]:
+    """(config, parameters as a nested dict) of a run in the middle of a stage: a step checkpoint and its base, adapters merged.
+
+    mesh: where to put them; by default on the first device. Raises RunError when there is no such checkpoint or its base is another,
+    DamagedError when it is not what was written.
+    """
+    recipe, store = step_store(run_dir, stage, step)
+    trainable, frozen = store.restore_parameters(step, _places(mesh))
+    parameters = merge_trees(*merged(trainable, frozen, recipe.stage(stage).lora))
+    _check_model(parameters, recipe.model, store.step_folder(step))
+    return recipe.model, parameters
+
+
+__all__ = [
+    "EXPERIMENT", "RunError", "StageStore", "abstract", "claim_run", "differences", "experiment", "final_folder", "final_target",
+    "load_run", "load_step", "read_experiment", "read_recipe", "run_lock", "step_store", "write_json",
+]  # fmt: skip

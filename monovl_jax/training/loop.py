@@ -2,17 +2,21 @@
 
 Steps are dispatched without waiting for the one before: a thread prepares the next batches, and the metrics of a step are fetched while the
 next one runs. A run that is killed and continued on the same machine gives the same losses, to the bit, as one that is not.
+
+An update whose loss or gradient is not finite is left out inside the step; so many in a row, and the run stops with the batch saved in
+`stages/<stage>/not_finite/`. On SIGTERM it saves and raises PreemptedError.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import math
+import functools
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,13 +24,21 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from monovl_jax.model import Ops
+from monovl_jax.parallel.hosts import in_turn
 from monovl_jax.parallel.mesh import make_mesh
-from monovl_jax.parallel.sharding import parameter_shardings
+from monovl_jax.parallel.sharding import check_rows, parameter_shardings, place_parameters
 from monovl_jax.training import checkpoint
+from monovl_jax.training.accounting import Clock, Pending, Progress, Settler, TrainingError
 from monovl_jax.training.checkpoint import RunError, StageStore, abstract
+from monovl_jax.training.devices import compiler_options
+from monovl_jax.training.files import AnyPath, place
+from monovl_jax.training.flops import step_flops
+from monovl_jax.training.guards import Watchdog
 from monovl_jax.training.lora import adapter_shapes, init_adapters, merged
-from monovl_jax.training.metrics import Row, RunLog
+from monovl_jax.training.metrics import RunLog
 from monovl_jax.training.optimizer import Optimizer, make_optimizer
+from monovl_jax.training.preemption import PreemptedError, Preemption
+from monovl_jax.training.profiling import Profiler
 from monovl_jax.training.stages import Recipe, RecipeError, Stage
 from monovl_jax.training.step import Batch, Nll, make_train_step, next_token_nll, optimizer_shardings, place_batch
 from monovl_jax.training.trainable import (
@@ -34,26 +46,27 @@ from monovl_jax.training.trainable import (
     Tree,
     cast,
     check_tree,
+    flatten,
     initialise_experts,
     merge_trees,
     model_structure,
     random_parameters,
     split_tree,
+    unflatten,
 )
 
 MakeBatches = Callable[[Stage, int], Iterator[Batch]]
 """(stage, position) -> batches number `position`, position + 1, ... of the stage, one per step; they must last as long as it.
 
-A batch is a part or a tuple of parts, dicts of host arrays [rows, ...] (this process's rows; the loop cuts micro-batches)."""
+A batch is a part or a tuple of parts, dicts of host arrays [rows, ...] (this process's rows, `parallel.mesh.row_share`; the loop cuts
+micro-batches)."""
 
 Evaluate = Callable[[str, Any, Tree], Any]
-"""(stage name, graphdef, parameters of the whole model) -> JSON value or None, kept in `done.json`."""
+"""(stage name, graphdef, parameters of the whole model) -> JSON value or None, kept in `done.json` or `evaluations.jsonl`.
+
+In the middle of a stage the parameters are the live ones: do not keep them, the next step overwrites them."""
 
 Records = dict[str, dict[str, Any]]
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says at which step, why, and the mend."""
 
 
 class Prefetcher:
@@ -106,45 +119,12 @@ class Prefetcher:
         self._thread.join(timeout=10)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Pending:
-    """A dispatched step whose metrics are still on the device. waited: the prefetcher's clock when it was dispatched."""
-
-    step: int
-    metrics: dict[str, jax.Array]
-    waited: float
-    logged: bool
-
-
-class _Clock:
-    """Training time of a stage over all its processes, and the time since the last row."""
-
-    def __init__(self, before: float):
-        self._before, self._began = before, time.monotonic()
-        self._row, self._row_waited, self._tokens = self._began, 0.0, 0
-
-    @property
-    def seconds(self) -> float:
-        return self._before + time.monotonic() - self._began
-
-    def count(self, tokens: int) -> None:
-        self._tokens += tokens
-
-    def lap(self, waited: float) -> tuple[float, float]:
-        """(tokens per second, share of time waited) since the last lap."""
-        now = time.monotonic()
-        span = max(now - self._row, 1e-9)
-        result = self._tokens / span, min(1.0, (waited - self._row_waited) / span)
-        self._row, self._row_waited, self._tokens = now, waited, 0
-        return result
-
-
 @dataclasses.dataclass
 class _Run:
     """What `train` was told, and the parameters between stages (kept here alone, so that a stage can let go of them)."""
 
     recipe: Recipe
-    run_dir: Path
+    run_dir: AnyPath
     make_batches: MakeBatches
     evaluate: Evaluate | None
     initial: Initial | None
@@ -154,23 +134,30 @@ class _Run:
     nll: Nll
     checkpoint_every: int
     keep: int
+    milestone_every: int | None
     log_every: int
-    asynchronous: bool | None
+    evaluate_every: int | None
+    max_skipped: int
+    asynchronous: bool
+    options: Mapping[str, Any]
+    profiler: Profiler
+    preemption: Preemption
     parameters: Tree | None = None
+    calls: int = 0
 
     def __post_init__(self) -> None:
         self.structure = model_structure(self.recipe.model)
         self.shardings = parameter_shardings(self.structure.shapes, self.mesh)
 
     def store(self, stage: Stage) -> StageStore:
-        return StageStore(self.run_dir, stage.name, self.keep, self.asynchronous)
+        return StageStore(self.run_dir, stage.name, self.keep, self.asynchronous, self.milestone_every)
 
     def reached(self) -> dict[str, int]:
         """Steps done per stage, as the checkpoints on disk say."""
         done = {}
         for stage in self.recipe.stages:
-            with self.store(stage) as store:
-                done[stage.name] = stage.steps if store.has_final() else store.latest() or 0
+            store = self.store(stage)
+            done[stage.name] = stage.steps if store.has_final() else store.latest() or 0
         return done
 
     def starting_parameters(self, stage: Stage) -> Tree:
@@ -183,7 +170,7 @@ class _Run:
         elif parameters is None and self.initial is not None:
             parameters = self.initial()
             check_tree(parameters, self.structure.shapes, "initial parameters")
-            parameters = jax.device_put(parameters, self.shardings)
+            parameters = place_parameters(parameters, self.mesh)
         elif parameters is None:
             seed = self.recipe.seed
             parameters = jax.jit(lambda: random_parameters(self.recipe.model, seed), out_shardings=self.shardings)()
@@ -193,14 +180,20 @@ class _Run:
         return store.restore_final(checkpoint.final_target(store.final, self.recipe.model, self.mesh), self.recipe.model)
 
     def split(self, parameters: Tree, chosen: frozenset[str]) -> tuple[Tree, Tree]:
-        """(trainable float32 masters in buffers of their own, frozen leaves in the frozen dtype)."""
-        trainable, frozen = split_tree(parameters, chosen)
-        places = split_tree(self.shardings, chosen)
-        copied = jax.jit(lambda t: cast(t, jnp.float32, copy=True), out_shardings=places[0])(trainable)
-        return copied, jax.jit(lambda t: cast(t, self.frozen_dtype), out_shardings=places[1])(frozen)
+        """(trainable float32 masters in buffers of their own, frozen leaves in the frozen dtype). No more than one leaf is there twice."""
+        flat, masters, frozen = flatten(parameters), {}, {}
+        del parameters
+        for path in list(flat):
+            leaf = {path: flat.pop(path)}
+            if path in chosen:
+                masters |= cast(leaf, jnp.float32, copy=True)
+            else:
+                frozen |= cast(leaf, self.frozen_dtype)
+            del leaf
+        return unflatten(masters), unflatten(frozen)
 
-    def begin(self, stage: Stage, store: StageStore, optimizer: Optimizer) -> tuple[Tree, Any, Tree, dict[str, Any]]:
-        """(trainable, opt_state, frozen, meta) to go on from: the last complete checkpoint, or the start of the stage."""
+    def begin(self, stage: Stage, store: StageStore, optimizer: Optimizer) -> tuple[Tree, Any, Tree, Progress]:
+        """(trainable, opt_state, frozen, progress) to go on from: the last complete checkpoint, or the start of the stage."""
         chosen, mesh = self.recipe.trainable_paths(stage), self.mesh
         shapes, places = (split_tree(tree, chosen) for tree in (self.structure.shapes, self.shardings))
         added = adapter_shapes(self.structure.shapes, stage.lora) if stage.lora else {}
@@ -212,7 +205,7 @@ class _Run:
             state = abstract(jax.eval_shape(optimizer.transform.init, masters), states)
             trainable, opt_state, meta = store.restore(latest, masters, state)
             frozen = store.restore_base(abstract(shapes[1], places[1], self.frozen_dtype), self.recipe.model)
-            return trainable, opt_state, frozen, meta
+            return trainable, opt_state, frozen, Progress.of(meta)
         trainable, frozen = self.split(self.starting_parameters(stage), chosen)
         if stage.lora:
             trainable |= jax.device_put(
@@ -220,12 +213,12 @@ class _Run:
             )
         opt_state = jax.jit(optimizer.transform.init, out_shardings=states)(trainable)
         store.save_base(frozen)
-        return trainable, opt_state, frozen, {"step": 0, "position": 0, "seconds": 0.0}
+        return trainable, opt_state, frozen, Progress()
 
-    def train_stage(self, stage: Stage, store: StageStore, log: RunLog | None) -> None:
+    def train_stage(self, stage: Stage, store: StageStore, log: RunLog | None, watchdog: Watchdog) -> None:
         """Trains a stage to its end, writes `final`, and leaves the parameters in `self.parameters`."""
         optimizer = make_optimizer(stage)
-        trainable, opt_state, frozen, meta = self.begin(stage, store, optimizer)
+        trainable, opt_state, frozen, progress = self.begin(stage, store, optimizer)
         step = make_train_step(
             self.structure.graphdef,
             optimizer,
@@ -236,72 +229,79 @@ class _Run:
             accumulation=stage.accumulation,
             nll=self.nll,
             lora=stage.lora,
+            compiler_options=self.options,
         )
-        done, position = int(meta["step"]), int(meta["position"])
+        done = progress.step
         if log is not None:
             log.begin_stage(stage.name, stage.steps, done)
-        clock = _Clock(float(meta["seconds"]))
-        batches = Prefetcher(self.make_batches(stage, position), lambda batch: place_batch(batch, self.mesh, stage.accumulation))
-        pending: _Pending | None = None
-        last = float("nan")
+        clock = Clock(progress)
+        flops = step_flops(self.recipe.model, frozenset(flatten(trainable)))
+        batches = Prefetcher(self.make_batches(stage, progress.position), lambda batch: place_batch(batch, self.mesh, stage.accumulation))
+        vision, folder = self.recipe.model.vision, store.folder
+        settler = Settler(stage, vision, folder, self.max_skipped, progress, clock, flops, log, watchdog)
+        stopping = False
         try:
             for number in range(done + 1, stage.steps + 1):
                 try:
-                    batch = batches.next()
+                    with watchdog.doing("data", stage.name, number):
+                        batch = batches.next()
                 except StopIteration:
                     raise TrainingError(
                         f"stage {stage.name!r}: the data ended after {number - 1} of {stage.steps} steps; make_batches must repeat it"
                     ) from None
-                position += 1
+                self.profiler.before(number, log)
                 trainable, opt_state, metrics = step(trainable, opt_state, frozen, batch)
-                del batch
-                if pending is not None:
-                    last = self._settle(pending, stage, clock, log)
-                pending = _Pending(number, metrics, batches.waited, number % self.log_every == 0 or number == stage.steps)
-                if number % self.checkpoint_every == 0 and number < stage.steps:
+                self.calls += 1
+                settler.settle()
+                settler.pending = Pending(number, metrics, batch, batches.waited, number % self.log_every == 0 or number == stage.steps)
+                del batch, metrics
+                stopping = self.preemption.reached(self.calls)
+                due = stopping or number % self.checkpoint_every == 0
+                if self.profiler.last(number):
+                    settler.settle()
+                    self.profiler.stop(log)
+                if self.evaluate_every and number % self.evaluate_every == 0 and number < stage.steps:
+                    settler.settle()
+                    with clock.aside(), watchdog.doing("evaluation", stage.name, number):
+                        self.evaluate_now(stage, number, merge_trees(*merged(trainable, frozen, stage.lora)), log)
+                if due and number < stage.steps:
                     # The rows up to here come first: a log has every step that a checkpoint has.
-                    last, pending = self._settle(pending, stage, clock, log), None
-                    store.save(number, trainable, opt_state, {"step": number, "position": position, "seconds": clock.seconds})
-            if pending is not None:
-                last = self._settle(pending, stage, clock, log)
+                    settler.settle()
+                    with clock.aside(), watchdog.doing("save", stage.name, number):
+                        store.save(number, trainable, opt_state, dataclasses.asdict(progress))
+                    if log is not None:
+                        log.flush()
+                    if stopping:
+                        break
+            settler.settle()
         finally:
+            self.profiler.stop(log)
             batches.close()
             if log is not None:
                 log.end_stage()
+        if stopping and progress.step < stage.steps:
+            store.wait()
+            raise self.preempted(stage, progress.step)
         del opt_state
         self.parameters = merge_trees(*merged(trainable, frozen, stage.lora))
-        store.save_final(self.parameters, {"steps": stage.steps, "position": position, "seconds": clock.seconds, "loss": last})
+        with watchdog.doing("save", stage.name, stage.steps):
+            record = {"position": progress.position, "seconds": clock.seconds, "loss": progress.loss, "skipped": progress.skipped}
+            store.save_final(self.parameters, {"steps": stage.steps, **record})
+        if stopping:
+            raise self.preempted(stage, stage.steps)
 
-    def _settle(self, pending: _Pending, stage: Stage, clock: _Clock, log: RunLog | None) -> float:
-        """Waits for a dispatched step, writes its row and returns its loss. Raises TrainingError when the loss is not finite."""
-        got: dict[str, Any] = jax.device_get(pending.metrics)
-        loss, norm = float(got["loss"]), float(got["grad_norm"])
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise TrainingError(
-                f"stage {stage.name!r}, step {pending.step}: loss {loss}, gradient norm {norm}. The checkpoints before it are good; "
-                f"look at batch {pending.step - 1}, or start a new run with a lower learning rate (now {stage.learning_rate})"
-            )
-        clock.count(int(got["tokens"]))
-        if pending.logged and log is not None:
-            rate, share = clock.lap(pending.waited)
-            row: Row = {
-                "stage": stage.name,
-                "step": pending.step,
-                "loss": loss,
-                "lr": float(got["learning_rate"]),
-                "grad_norm": norm,
-                "part_losses": [float(x) for x in got["part_losses"]],
-                "supervised": int(got["supervised"]),
-                "tokens": int(got["tokens"]),
-                "tokens_per_second": rate,
-                "data_wait": share,
-                "seconds": clock.seconds,
-                "time": time.time(),
-            }
-            log.write(row)
-        return loss
+    def preempted(self, stage: Stage, step: int) -> PreemptedError:
+        return PreemptedError(f"stopped by SIGTERM; stage {stage.name!r} is saved at step {step}, start the same command again to go on")
 
-    def finish_stage(self, stage: Stage, store: StageStore, log: RunLog | None) -> dict[str, Any]:
+    def evaluate_now(self, stage: Stage, step: int, parameters: Tree, log: RunLog | None) -> None:
+        """Evaluates in the middle of a stage."""
+        assert self.evaluate is not None
+        began = time.monotonic()
+        result = self.evaluate(stage.name, self.structure.graphdef, parameters)
+        if log is not None:
+            log.evaluation(stage.name, step, result, time.monotonic() - began)
+
+    def finish_stage(self, stage: Stage, store: StageStore, log: RunLog | None, watchdog: Watchdog) -> dict[str, Any]:
         """Evaluates a trained stage and marks it as done; rerun from `final` when a kill came in between."""
         store.drop_steps()
         record = store.trained()
@@ -311,15 +311,24 @@ class _Run:
             if self.parameters is None:
                 self.parameters = self.load_final(store)
             began = time.monotonic()
-            record["evaluation"] = self.evaluate(stage.name, self.structure.graphdef, self.parameters)
+            with self.preemption.at_once(), watchdog.doing("evaluation", stage.name, stage.steps):
+                record["evaluation"] = self.evaluate(stage.name, self.structure.graphdef, self.parameters)
             record["evaluation_seconds"] = time.monotonic() - began
         store.finish(record)
         return record
 
 
+def check_mesh(recipe: Recipe, mesh: Mesh) -> None:
+    """Raises MeshError when the mesh cannot divide the parameters of the model or the rows of a stage."""
+    parameter_shardings(model_structure(recipe.model).shapes, mesh)
+    for stage in recipe.stages:
+        for field, rows in (("batch_size", stage.batch_size), ("text_rows", stage.text_rows)):
+            check_rows(rows // stage.accumulation, f"stage {stage.name!r}: {field}", mesh)
+
+
 def train(
     recipe: Recipe,
-    run_dir: str | Path,
+    run_dir: str | AnyPath,
     make_batches: MakeBatches,
     *,
     evaluate: Evaluate | None = None,
@@ -331,10 +340,16 @@ def train(
     identity: Mapping[str, Any] | None = None,
     checkpoint_every: int = 500,
     keep: int = 2,
+    milestone_every: int | None = None,
+    evaluate_every: int | None = None,
     log_every: int = 1,
+    max_skipped: int = 5,
+    stall_seconds: float = 300.0,
+    profile: tuple[int, int] | None = None,
+    xla_options: Mapping[str, Any] | None = None,
     progress: bool = True,
     tensorboard: bool = True,
-    asynchronous: bool | None = None,
+    asynchronous: bool = True,
 ) -> Records:
     """Trains every stage of a recipe, or what is left of it.
 
@@ -350,54 +365,85 @@ def train(
       mesh: all devices on the axis `data` by default.
       nll: the objective; see `training.step.Nll`.
       identity: what else decides the numbers (fingerprints of data, of initial weights), JSON values; another one, another experiment.
-      checkpoint_every: steps between checkpoints. keep: how many of them stay. log_every: steps between rows.
+      checkpoint_every: steps between checkpoints. keep: how many of them stay. milestone_every: those whose step it divides stay for good.
+      evaluate_every: steps between calls of `evaluate` in the middle of a stage. log_every: steps between rows.
+      max_skipped: so many updates in a row that are not finite stop the run. stall_seconds: a wait that is reported (`guards.Watchdog`).
+      profile: (first step, how many) to trace into `run_dir`/profile. xla_options: of the step; by default those of `training.devices`.
       progress, tensorboard: show the progress line; write event files. asynchronous: see `StageStore`.
 
     Returns {stage: record} as in `done.json`: steps, position, seconds, loss, and evaluation, evaluation_seconds when there is a callback.
 
     Raises, before anything compiles: RecipeError (a trainable regex that matches nothing, a bad interval), RunError (a directory of
-    another experiment, one in use), ValueError (a parameter that the mesh cannot divide). While training: TrainingError (a loss that is
-    not finite, data that ends), and whatever `make_batches` raises.
+    another experiment, one in use), MeshError (parameters or rows that the mesh cannot divide). While training: TrainingError (losses that
+    are not finite, data that ends), DamagedError (a checkpoint that cannot be read back), DiskFullError, PreemptedError (SIGTERM;
+    everything is saved), and whatever `make_batches` raises.
     """
     ops = Ops() if ops is None else ops
-    for name, value in (("checkpoint_every", checkpoint_every), ("keep", keep), ("log_every", log_every)):
-        if value < 1:
+    intervals = {"checkpoint_every": checkpoint_every, "keep": keep, "log_every": log_every, "max_skipped": max_skipped}
+    intervals |= {"milestone_every": milestone_every, "evaluate_every": evaluate_every}
+    for name, value in intervals.items():
+        if value is not None and value < 1:
             raise RecipeError(f"{name} is {value}; it must be at least 1")
+    if milestone_every and milestone_every % checkpoint_every:
+        raise RecipeError(f"milestone_every is {milestone_every}; it must be a multiple of checkpoint_every, {checkpoint_every}")
+    if evaluate_every and evaluate is None:
+        raise RecipeError(f"evaluate_every is {evaluate_every}, and there is nothing to call; give evaluate")
     for stage in recipe.stages:
         recipe.trainable_paths(stage)
     mesh = make_mesh() if mesh is None else mesh
-    run_dir = Path(run_dir)
+    check_mesh(recipe, mesh)
+    run_dir = place(run_dir)
     run = _Run(
-        recipe, run_dir, make_batches, evaluate, initial, ops, frozen_dtype, mesh, nll, checkpoint_every, keep, log_every, asynchronous
+        recipe=recipe,
+        run_dir=run_dir,
+        make_batches=make_batches,
+        evaluate=evaluate,
+        initial=initial,
+        ops=ops,
+        frozen_dtype=frozen_dtype,
+        mesh=mesh,
+        nll=nll,
+        checkpoint_every=checkpoint_every,
+        keep=keep,
+        milestone_every=milestone_every,
+        log_every=log_every,
+        evaluate_every=evaluate_every,
+        max_skipped=max_skipped,
+        asynchronous=asynchronous,
+        options=compiler_options(jax.devices()[0].device_kind) if xla_options is None else xla_options,
+        profiler=Profiler(run_dir / "profile", profile),
+        preemption=Preemption(),
     )
     numbers = {"dtype": jnp.dtype(ops.dtype).name, "frozen_dtype": jnp.dtype(frozen_dtype).name, **(identity or {})}
-    checkpoint.claim_run(run_dir, checkpoint.experiment(recipe, numbers))
+    wanted = checkpoint.experiment(recipe, numbers)
+    in_turn(lambda: checkpoint.claim_run(run_dir, wanted))
     with checkpoint.run_lock(run_dir):
-        return _train(run, progress, tensorboard)
+        return _train(run, progress, tensorboard, stall_seconds)
 
 
-def _train(run: _Run, progress: bool, tensorboard: bool) -> Records:
+def _train(run: _Run, progress: bool, tensorboard: bool, stall_seconds: float) -> Records:
     reached, records, starts = run.reached(), {}, {}
     for index, stage in enumerate(run.recipe.stages):
         starts[stage.name] = sum(earlier.steps for earlier in run.recipe.stages[:index])
-    log = RunLog(run.run_dir, reached, starts, progress, tensorboard) if jax.process_index() == 0 else None
-    try:
+    first, processes = jax.process_index(), jax.process_count()
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(RunLog(run.run_dir, reached, starts, progress, tensorboard)) if first == 0 else None
+        warn = log.event if log is not None else functools.partial(print, file=sys.stderr, flush=True)
+        watchdog = stack.enter_context(Watchdog(run.run_dir, warn, stall_seconds, first, processes))
+        stack.enter_context(run.preemption.listening())
         for stage in run.recipe.stages:
             with run.store(stage) as store:
                 record = store.record()
                 if record is None:
                     if not store.has_final():
-                        run.train_stage(stage, store, log)
-                    record = run.finish_stage(stage, store, log)
+                        run.train_stage(stage, store, log, watchdog)
+                    record = run.finish_stage(stage, store, log, watchdog)
                 else:
                     run.parameters = None
                     if log is not None:
                         log.say(f"{stage.name}: done before")
                 records[stage.name] = record
-    finally:
-        if log is not None:
-            log.__exit__(None, None, None)
     return records
 
 
-__all__ = ["Evaluate", "MakeBatches", "Prefetcher", "RunError", "TrainingError", "train"]
+__all__ = ["Evaluate", "MakeBatches", "PreemptedError", "Prefetcher", "RunError", "TrainingError", "train"]

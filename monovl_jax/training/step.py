@@ -9,7 +9,9 @@ A batch is a part or a tuple of parts of different shapes (rows with pictures an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,10 +20,12 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from monovl_jax.model import VLM, Ops
-from monovl_jax.parallel.sharding import batch_sharding, parameter_sharding, parameter_shardings, replicated
+from monovl_jax.parallel.mesh import row_share
+from monovl_jax.parallel.ops import mesh_ops
+from monovl_jax.parallel.sharding import batch_sharding, check_rows, parameter_sharding, parameter_shardings, replicated
 from monovl_jax.training.lora import Lora, merged
 from monovl_jax.training.losses import weighted_nll
 from monovl_jax.training.optimizer import Optimizer
@@ -42,9 +46,8 @@ class BatchError(ValueError):
 def next_token_nll(model: VLM, part: Part, ops: Ops) -> Float[Array, ""]:
     """float32[]: sum over tokens of loss_weights * -log p(target). Logits are made for supervised tokens only."""
     hidden, _ = model(dict(part), ops)
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    targets, weights = part["targets"].reshape(-1), part["loss_weights"].reshape(-1)
-    return weighted_nll(rows, model.decoder.head_kernel(), targets, weights, model.config.decoder.vocab_size)
+    nll = ops.over_mesh(partial(weighted_nll, vocab_size=model.config.decoder.vocab_size), "nll")
+    return nll(hidden, model.decoder.head_kernel(), part["targets"], part["loss_weights"])
 
 
 def as_parts(batch: Batch) -> tuple[Part, ...]:
@@ -68,22 +71,22 @@ def micro_batches(part: Mapping[str, np.ndarray], accumulation: int, name: str =
 
 
 def place_batch(batch: Batch, mesh: Mesh, accumulation: int = 1) -> tuple[dict[str, jax.Array], ...]:
-    """Host arrays to the mesh, rows divided over `data` and `fsdp`; every process gives its own rows.
+    """Host arrays to the mesh, rows divided over `data` and `fsdp`; every process gives its own rows (`parallel.mesh.row_share`).
 
-    Parts of [R, ...] are cut into `accumulation` micro-batches first. Raises BatchError when rows cannot be divided.
+    Parts of [R, ...] are cut into `accumulation` micro-batches first: BatchError when that does not divide the rows, MeshError when
+    the mesh does not divide those of a micro-batch.
     """
     sharding = batch_sharding(mesh, accumulation > 1)
-    groups = mesh.shape["data"] * mesh.shape["fsdp"]
+    axis, (_, shares) = (1 if accumulation > 1 else 0), row_share(mesh)
     placed = []
     for number, part in enumerate(as_parts(batch)):
         part = micro_batches(part, accumulation, f"part {number} of the batch")
-        rows = part["tokens"].shape[1 if accumulation > 1 else 0] * jax.process_count()
-        if rows % groups:
-            raise BatchError(
-                f"part {number} of the batch has {rows} rows a micro-batch, which {groups} devices (data * fsdp) cannot share equally; "
-                "change batch_size, accumulation or the mesh"
-            )
-        placed.append({key: jax.make_array_from_process_local_data(sharding, np.asarray(value)) for key, value in part.items()})
+        rows = part["tokens"].shape[axis] * shares
+        check_rows(rows, f"part {number} of the batch", mesh)
+        placed.append({})
+        for key, value in part.items():
+            shape = (*value.shape[:axis], rows, *value.shape[axis + 1 :])
+            placed[-1][key] = jax.make_array_from_process_local_data(sharding, np.asarray(value), shape)
     return tuple(placed)
 
 
@@ -106,14 +109,52 @@ def _nlls(graphdef: Any, trees: tuple[Tree, ...], parts: tuple[Part, ...], ops: 
     return jnp.stack([nll(model, part, ops).astype(jnp.float32) for part in parts])
 
 
+def attended_pairs(segment_ids: Int[Array, "... t"]) -> Float[Array, ""]:
+    """How many (query, key) pairs causal attention within segments has: n (n + 1) / 2 for a packed sample of n tokens.
+
+    float32: a large batch has more than 2^31 of them. Example: [1 1 1 2 2 0] has 6 + 3.
+    """
+    t = segment_ids.shape[-1]
+    place = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), segment_ids.shape)
+    before = jnp.concatenate([jnp.zeros_like(segment_ids[..., :1]), segment_ids[..., :-1]], axis=-1)
+    start = jax.lax.cummax(jnp.where(segment_ids != before, place, 0), axis=segment_ids.ndim - 1)
+    return jnp.sum(jnp.where(segment_ids > 0, place - start + 1, 0), dtype=jnp.float32)
+
+
 def _sums(parts: tuple[Part, ...]) -> tuple[jax.Array, dict[str, Any]]:
     """Weight sum per part float32[P], and counts over the whole batch."""
     weights = jnp.stack([jnp.sum(part["loss_weights"], dtype=jnp.float32) for part in parts])
+
+    def total(count: Callable[[Part], Any], field: str) -> jax.Array:
+        return sum((jnp.sum(count(part), dtype=jnp.int32) for part in parts if field in part), jnp.int32(0))
+
     counts = {
-        "supervised": sum(jnp.sum(part["loss_weights"] != 0, dtype=jnp.int32) for part in parts),
-        "tokens": sum(jnp.sum(part["segment_ids"] > 0, dtype=jnp.int32) for part in parts),
+        "supervised": total(lambda part: part["loss_weights"] != 0, "loss_weights"),
+        "tokens": total(lambda part: part["segment_ids"] > 0, "segment_ids"),
+        "visual_tokens": total(lambda part: (part["token_types"] > 0) & (part["segment_ids"] > 0), "token_types"),
+        "tile_tokens": total(lambda part: (part["token_types"] == 1) & (part["segment_ids"] > 0), "token_types"),
+        "token_slots": jnp.int32(sum(part["tokens"].size for part in parts)),
+        "tile_slots": jnp.int32(sum(math.prod(part["tiles"].shape[:-3]) for part in parts if "tiles" in part)),
+        "pairs": sum((attended_pairs(part["segment_ids"]) for part in parts), jnp.float32(0)),
     }
     return weights, counts
+
+
+def gradient_group(path: str) -> str:
+    """Of a parameter path: `text_expert`, `visual_expert`, `vision` (patch embedding, projector) or `shared` (embedding, norms, head)."""
+    if "/visual/" in path:
+        return "visual_expert"
+    if "/text/" in path:
+        return "text_expert"
+    return "vision" if path.startswith(("vision/", "projector/")) else "shared"
+
+
+def gradient_norms(gradients: Tree) -> dict[str, jax.Array]:
+    """float32[]: the norm of the gradient over the leaves of each `gradient_group` that is trained."""
+    groups: dict[str, list[jax.Array]] = {}
+    for path, leaf in flatten(gradients).items():
+        groups.setdefault(gradient_group(path), []).append(leaf)
+    return {name: optax.tree.norm(leaves) for name, leaves in groups.items()}
 
 
 def _mean(total: jax.Array, weight: jax.Array) -> jax.Array:
@@ -155,17 +196,23 @@ def train_step(
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trainable)
         (gradients, nlls), _ = jax.lax.scan(add, (zeros, jnp.zeros(len(parts), jnp.float32)), parts)
 
+    mean, norm = _mean(jnp.sum(nlls), total), optax.tree.norm(gradients)
+    finite = jnp.isfinite(mean) & jnp.isfinite(norm)
     metrics = {
-        "loss": _mean(jnp.sum(nlls), total),
+        "loss": mean,
         "part_losses": _mean(nlls, weights),
-        "grad_norm": optax.tree.norm(gradients),
+        "grad_norm": norm,
+        "grad_norms": gradient_norms(gradients),
+        "skipped": jnp.where(finite, 0, 1).astype(jnp.int32),
         "learning_rate": optimizer.learning_rate(opt_state),
         "weight": total,
         **counts,
     }
-    updates, opt_state = optimizer.transform.update(gradients, opt_state, trainable)
+    updates, state = optimizer.transform.update(gradients, opt_state, trainable)
     updated: Any = optax.apply_updates(trainable, updates)
-    return updated, opt_state, metrics
+    # Not by lax.cond: a select fuses into the update, and costs nothing beside it.
+    kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (updated, state), (trainable, opt_state))
+    return kept[0], kept[1], metrics
 
 
 def make_train_step(
@@ -178,6 +225,7 @@ def make_train_step(
     accumulation: int = 1,
     nll: Nll = next_token_nll,
     lora: Lora | None = None,
+    compiler_options: Mapping[str, Any] | None = None,
 ) -> Callable[[Tree, Any, Tree, Batch], tuple[Tree, Any, Metrics]]:
     """The jitted step: (trainable, opt_state, frozen, batch) -> (trainable, opt_state, metrics). The first two are donated.
 
@@ -189,11 +237,15 @@ def make_train_step(
       accumulation: A; with A > 1 batch leaves are [A, B, ...], and gradients are summed over micro-batches in float32.
       nll: what is minimised; see `Nll`.
       lora: of the adapters in `trainable`, if there are any.
+      compiler_options: of XLA, for this program alone; see `training.devices.compiler_options`.
 
-    Metrics stay on the device: loss, grad_norm (before clipping), learning_rate, weight (sum of loss weights) float32[]; part_losses
-    float32[P]; supervised, tokens (not padding) int32[]. The same inputs give the same bits on CPU.
+    A loss or gradient that is not finite leaves trainable and opt_state as they were, schedule included: metrics `skipped` is 1.
+
+    Metrics stay on the device: loss, grad_norm (before clipping), learning_rate, weight (sum of loss weights), pairs (`attended_pairs`)
+    float32[]; part_losses float32[P]; grad_norms {group: float32[]}; skipped, supervised, tokens (not padding), visual_tokens (of the
+    visual expert), tile_tokens (visual tokens of tiles), token_slots, tile_slots int32[]. The same inputs give the same bits on CPU.
     """
-    places = parameter_shardings(trainable, mesh)
+    ops, places = mesh_ops(ops, mesh), parameter_shardings(trainable, mesh)
     states = optimizer_shardings(optimizer, trainable, mesh)
 
     def step(trainable: Tree, opt_state: Any, frozen: Tree, batch: Batch) -> tuple[Tree, Any, Metrics]:
@@ -204,6 +256,7 @@ def make_train_step(
         in_shardings=(places, states, parameter_shardings(frozen, mesh), None),
         out_shardings=(places, states, replicated(mesh)),
         donate_argnums=(0, 1),
+        compiler_options=dict(compiler_options or {}) or None,
     )
 
 

@@ -181,7 +181,7 @@ def test_every_parameter_has_a_rule() -> None:
 
 def test_mesh_sizes() -> None:
     assert dict(make_mesh().shape) == {"data": 1, "fsdp": 1, "tensor": 1}
-    with pytest.raises(ValueError, match="places for 1 devices"):
+    with pytest.raises(ValueError, match="does not fit 1 devices"):
         make_mesh(data=2)
     with pytest.raises(ValueError, match="at most one"):
         make_mesh(data=-1, fsdp=-1)

@@ -1,0 +1,55 @@
+"""Folders and small files of a run, on a local disk or in a bucket (`gs://...`, through epath)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+AnyPath = Path | epath.Path
+"""A folder or file: `pathlib` for a local one, `epath` for one in a bucket."""
+
+
+def is_remote(path: str | os.PathLike[str]) -> bool:
+    """Whether a path lies in a bucket (`gs://...`)."""
+    return "://" in os.fspath(path)
+
+
+def place(path: str | os.PathLike[str]) -> AnyPath:
+    """The path object of a folder: absolute when local."""
+    return epath.Path(path) if is_remote(path) else Path(path).absolute()
+
+
+def write_json(path: AnyPath, value: Any) -> None:
+    """Writes JSON so that a kill leaves the old file or the new one: by a rename, or by one object of a bucket, which is atomic."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    if is_remote(path):
+        path.write_text(text, encoding="utf-8")
+        return
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def remove_tree(path: AnyPath) -> None:
+    """Removes a folder and what is in it; one that is not there is no error."""
+    if isinstance(path, Path):
+        shutil.rmtree(path, ignore_errors=True)
+    elif path.exists():
+        path.rmtree()
+
+
+def free_bytes(path: AnyPath) -> int | None:
+    """Free space on the disk of a folder that exists; None for a bucket, which has no end."""
+    return None if is_remote(path) else shutil.disk_usage(path).free
+
+
+def size_of(path: AnyPath) -> int:
+    """Bytes of all files below a folder."""
+    if isinstance(path, Path):
+        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return sum(size_of(child) if child.is_dir() else child.stat().length for child in path.iterdir())

@@ -1,0 +1,387 @@
+"""Checkpoints: what is written when, that damage and mix-ups are found by name, that nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from etils import epath
+
+from monovl_jax import cli
+from monovl_jax.training import checkpoint, fingerprint
+from monovl_jax.training.files import place
+from monovl_jax.training.inventory import checkpoints, verify
+from monovl_jax.training.metrics import RunLog, read_log
+from monovl_jax.training.store import DamagedError, DiskFullError, RunError, StageStore
+from tests.training.worlds import recipe
+
+ADAM = optax.adam(1e-3)
+FROZEN = {"text": jnp.asarray(np.random.default_rng(0).standard_normal((40, 30)), jnp.bfloat16)}
+META = {"position": 7}
+
+
+def trained(step: int) -> tuple[dict, Any]:
+    """(trainable, opt_state), other numbers at every step."""
+    leaf = jnp.asarray(np.random.default_rng(step).standard_normal((64, 50)), jnp.float32)
+    tree = {"visual": {"gate": leaf, "norm": leaf[0]}}
+    return tree, jax.tree.map(lambda x: x + step, ADAM.init(tree))
+
+
+def target(tree: Any) -> Any:
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+
+
+def same(a: Any, b: Any) -> bool:
+    return fingerprint.fingerprints(a) == fingerprint.fingerprints(b)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run that is at step 6 of its stage S0, with checkpoints of steps 4 and 6."""
+    checkpoint.claim_run(tmp_path / "run", checkpoint.experiment(recipe()))
+    with StageStore(tmp_path / "run", "S0") as store:
+        store.save_base(FROZEN)
+        for step in (2, 4, 6):
+            store.save(step, *trained(step), META)
+    return tmp_path / "run"
+
+
+def restored(run: Path, step: int, stage: str = "S0") -> Any:
+    return StageStore(run, stage).restore(step, *target(trained(step)))
+
+
+def files(folder: Path) -> dict[str, tuple[int, int]]:
+    return {str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.stat().st_size) for p in folder.rglob("*") if p.is_file()}
+
+
+# --- fingerprints ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "uint32", "bool"])
+def test_a_fingerprint_sees_every_change(dtype: str) -> None:
+    values = np.random.default_rng(0).integers(0, 2, (2, 3, 4))
+    array = jnp.asarray(values, dtype)
+    mark = fingerprint.fingerprints({"a": array})["a"]
+    assert mark.startswith(f"{dtype}[2,3,4] ")
+    others = [
+        array.at[0, 1, 2].set(jnp.asarray(1 - values[0, 1, 2], dtype)),
+        jnp.roll(array, 1, axis=2),
+        array.reshape(3, 2, 4),
+        array.astype("float16"),
+    ]
+    others += [jnp.swapaxes(array, 0, 1)]
+    assert len({mark, *(fingerprint.fingerprints({"a": other})["a"] for other in others)}) == 1 + len(others)
+    assert fingerprint.fingerprints({"a": array + 0 if dtype != "bool" else array.copy()})["a"] == mark
+
+
+def test_negative_zero_and_nan_have_their_own_bits() -> None:
+    values = [jnp.float32(0.0), jnp.float32(-0.0), jnp.float32(np.nan)]
+    assert len({fingerprint.fingerprints([value])["0"] for value in values}) == 3
+
+
+def test_another_mesh(run_python: Callable[..., str]) -> None:
+    """Saved by 8 devices, read back by 4 and by 1: the same bits and fingerprints."""
+    run_python(
+        """
+import tempfile, jax, jax.numpy as jnp, numpy as np
+from monovl_jax.parallel.mesh import make_mesh
+from monovl_jax.parallel.sharding import parameter_shardings
+from monovl_jax.training.fingerprint import fingerprints
+from monovl_jax.training.store import StageStore, abstract
+host = {"decoder": {"head": np.random.default_rng(0).standard_normal((16, 64)).astype(np.float32), "norm": np.ones(16, np.float32)}}
+run = tempfile.mkdtemp()
+eight = make_mesh(data=1, fsdp=4, tensor=2)
+tree = jax.device_put(host, parameter_shardings(host, eight))
+with StageStore(run, "S") as store:
+    store.save_base(tree)
+    store.save(1, tree, {}, {})
+for mesh in (make_mesh(1, 2, 2, jax.devices()[:4]), make_mesh(1, 1, 1, jax.devices()[:1])):
+    want = abstract(tree, parameter_shardings(tree, mesh))
+    back, _, _ = StageStore(run, "S").restore(1, want, {})
+    for got in (back, StageStore(run, "S").restore_base(want)):
+        assert fingerprints(got) == fingerprints(tree) == fingerprints(jax.tree.map(jnp.asarray, host))
+        assert got["decoder"]["head"].sharding.mesh.size == mesh.size
+        np.testing.assert_array_equal(got["decoder"]["head"], host["decoder"]["head"])
+""",
+        devices=8,
+    )
+
+
+# --- what is written ------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_save_writes_what_is_trained_and_nothing_else(run: Path) -> None:
+    base = files(run / "stages/S0/base")
+    with StageStore(run, "S0") as store:
+        store.save_base(FROZEN)
+        store.save(8, *trained(8), META)
+        store.wait()
+        assert store.all_steps() == [6, 8]
+        meta = store.meta(8)
+    assert files(run / "stages/S0/base") == base, "the base is written once"
+    assert set(meta["leaves"]) == {"trainable/visual/gate", "trainable/visual/norm"} | {
+        *(f"opt_state/0/{moment}/visual/{leaf}" for moment in ("mu", "nu") for leaf in ("gate", "norm")),
+        "opt_state/0/count",
+    }
+    written = sum(size for _, size in files(run / "stages/S0/steps/8/state").values())
+    assert written < 1.3 * 3 * 4 * (64 * 50 + 50), "three float32 numbers for each that is trained"
+    assert meta["position"] == 7 and meta["base"] == json.loads((run / "stages/S0/base.json").read_text())["digest"]
+
+
+def test_what_comes_back_is_what_was_saved(run: Path) -> None:
+    trainable, opt_state, meta = restored(run, 6)
+    assert same((trainable, opt_state), trained(6)) and meta["step"] == 6
+    assert type(opt_state) is type(trained(6)[1])
+    assert same(StageStore(run, "S0").restore_base(target(FROZEN)), FROZEN)
+    one, frozen = StageStore(run, "S0").restore_parameters(4, lambda tree: jax.tree.map(lambda _: target(FROZEN)["text"].sharding, tree))
+    assert same(one, trained(4)[0]) and same(frozen, FROZEN)
+
+
+def test_a_save_in_the_background_keeps_the_numbers_of_its_step(run: Path) -> None:
+    trainable, opt_state = trained(8)
+    bump = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    with StageStore(run, "S0") as store:
+        store.save(8, trainable, opt_state, META)
+        for _ in range(20):
+            trainable, opt_state = bump((trainable, opt_state))
+    assert same(restored(run, 8)[:2], trained(8))
+
+
+def test_milestones_stay_and_keep_their_base(run: Path) -> None:
+    with StageStore(run, "S0", keep=1, milestone_every=4) as store:
+        for step in (8, 10, 12, 14):
+            store.save(step, *trained(step), META)
+        store.wait()
+        assert store.all_steps() == [4, 8, 12, 14]
+        store.save_final({"all": jnp.ones(3)}, {"loss": 1.0})
+        store.drop_steps()
+        assert store.all_steps() == [4, 8, 12]
+    assert same(restored(run, 8)[:2], trained(8)) and same(StageStore(run, "S0").restore_base(target(FROZEN)), FROZEN)
+    with StageStore(run, "S0") as store:
+        store.drop_steps()
+    assert {path.name for path in (run / "stages/S0").iterdir()} == {"final", "final.json", "trained.json"}
+
+
+def test_a_kill_in_the_middle_of_a_save_or_a_removal(run: Path) -> None:
+    """What it leaves is no checkpoint, is listed as a leftover, and goes with the next save."""
+    stage = run / "stages/S0"
+    shutil.copytree(stage / "steps/6", stage / "steps/8.orbax-checkpoint-tmp")
+    shutil.rmtree(stage / "steps/8.orbax-checkpoint-tmp/meta")
+    shutil.copytree(stage / "steps/6/state", stage / "steps/.dropped/2/state")
+    shutil.copytree(stage / "base", stage / "final.orbax-checkpoint-tmp")
+    store = StageStore(run, "S0")
+    assert store.all_steps() == [4, 6] and not store.has_final()
+    assert [entry.path.name for entry in checkpoints(run) if entry.kind == "leftover"] == [
+        "final.orbax-checkpoint-tmp",
+        ".dropped",
+        "8.orbax-checkpoint-tmp",
+    ]
+    with store:
+        store.save(8, *trained(8), META)
+    assert sorted(path.name for path in (stage / "steps").iterdir()) == ["6", "8"]
+    assert sorted(path.name for path in stage.iterdir()) == ["base", "base.json", "steps"]
+
+
+# --- damage ---------------------------------------------------------------------------------------------------------------------------
+
+
+def spoil(folder: Path) -> None:
+    """Other bytes in the middle of the largest file, of the same length."""
+    path = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 8] = bytes(8)
+    path.write_bytes(data)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_offered(run: Path) -> None:
+    folder = run / "stages/S0/steps/6"
+    spoil(folder / "state")
+    with pytest.raises(DamagedError, match="go on from step 4") as error:
+        restored(run, 6)
+    assert str(folder) in str(error.value)
+    shutil.rmtree(folder)  # what the message says
+    assert StageStore(run, "S0").latest() == 4 and same(restored(run, 4)[:2], trained(4))
+
+
+def test_sound_files_with_other_numbers_are_damage_too(run: Path) -> None:
+    """The arrays of another step: every checksum of the files is right."""
+    steps = run / "stages/S0/steps"
+    shutil.rmtree(steps / "6/state")
+    shutil.copytree(steps / "4/state", steps / "6/state")
+    with pytest.raises(DamagedError, match=r"steps/6/state is damaged: opt_state/0/count, .* and 4 more leaves came back with other bits"):
+        restored(run, 6)
+    (steps / "4/meta/metadata").write_text("{")
+    with pytest.raises(DamagedError, match=r"steps/4 is damaged.*start the stage again, for there is none before it"):
+        restored(run, 4)
+
+
+def test_a_step_without_its_base_does_not_load(run: Path) -> None:
+    stage = run / "stages/S0"
+    other = {"text": FROZEN["text"] + 1}
+    with pytest.raises(RunError, match=r"holds other frozen parameters than this run.*steps/6 needs them"):
+        StageStore(run, "S0").save_base(other)
+    record = stage / "base.json"
+    text = record.read_text()
+    record.unlink()
+    with pytest.raises(RunError, match=r"steps/6 needs the frozen parameters with the digest \w{12}, and there is none"):
+        restored(run, 6)
+    with StageStore(run.parent / "other", "S0") as store:
+        store.save_base(other)
+    shutil.copy(run.parent / "other/stages/S0/base.json", record)
+    with pytest.raises(RunError, match=r"and .*base has \w{12}: put its own base"):
+        restored(run, 6)
+    record.write_text(text)
+    spoil(stage / "base")
+    with pytest.raises(DamagedError, match=r"stages/S0/base is damaged.*to start the stage again"):
+        StageStore(run, "S0").restore_base(target(FROZEN))
+
+
+def test_another_config_stage_or_optimizer(run: Path) -> None:
+    trainable, opt_state = target(trained(6))
+    store = StageStore(run, "S0")
+    with pytest.raises(RunError, match=r"of another config or stage: .*gate is float32\[64,50\] there and float32\[64,51\] here"):
+        wider = {"visual": {**trainable["visual"], "gate": jax.ShapeDtypeStruct((64, 51), jnp.float32)}}
+        store.restore(6, wider, opt_state)
+    with pytest.raises(RunError, match=r"state of another optimizer: opt_state/0/count is .* absent here.*--init-stage S0 --init-step 6"):
+        store.restore(6, trainable, target(optax.sgd(0.1, 0.9).init(trained(6)[0])))
+    shutil.copytree(run / "stages/S0", run / "stages/S1.1")
+    with pytest.raises(RunError, match=r"optimizer state of stage 'S0', not of 'S1.1'\. To drop the optimizer state .*--init-stage S1.1"):
+        restored(run, 6, "S1.1")
+
+
+# --- a full disk ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 400 kB; only root can make one."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(place)]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_full_disk_loses_nothing(small_disk: Path) -> None:
+    with pytest.raises(DiskFullError) as error, StageStore(small_disk / "run", "S0", keep=9) as store:
+        store.save_base(FROZEN)
+        for step in range(1, 20):
+            store.save(step, *trained(step), META)
+    store = StageStore(small_disk / "run", "S0")
+    latest = store.latest()
+    assert latest is not None and 1 <= latest < 19
+    message = str(error.value)
+    assert f"the disk is full: {store.step_folder(latest + 1)} could not be written, the checkpoint of step {latest} is whole" in message
+    assert same(restored(small_disk / "run", latest)[:2], trained(latest))
+    assert not list((small_disk / "run").rglob("*tmp*"))
+
+
+def test_other_errors_of_a_disk_are_one_sentence(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with StageStore(run, "S0") as store:
+        manager = store.manager
+        for text, kind, words in (
+            ("Failed to write: Disk quota exceeded [os_error_code='122']", DiskFullError, "the disk is full"),
+            ("Failed to write: Input/output error\nat line 3", RunError, r"could not be written \(Failed to write: Input/output error\)"),
+        ):
+
+            def refuse(*_: Any, text: str = text, **__: Any) -> None:
+                raise ValueError(text)
+
+            monkeypatch.setattr(manager, "save", refuse)
+            with pytest.raises(kind, match=rf"{words}.*the checkpoint of step 6 is whole"):
+                store.save(8, *trained(8), META)
+
+
+# --- monovl checkpoints ---------------------------------------------------------------------------------------------------------------
+
+
+def test_ls_and_verify(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.checkpoints_ls(str(run)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines] == [["S0", "base"], ["S0", "step"], ["S0", "step"]]
+    assert "1 leaves  frozen leaves, needed by 2 steps" in lines[0] and "step 6" in lines[2] and "the run goes on here" in lines[2]
+    assert cli.checkpoints_verify(str(run)) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["PASS"] * 3
+
+    shutil.rmtree(run / "stages/S0/steps/6/state")
+    shutil.copytree(run / "stages/S0/steps/4/state", run / "stages/S0/steps/6/state")
+    spoil(run / "stages/S0/base")
+    assert cli.checkpoints_verify(str(run)) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["FAIL", "PASS", "FAIL"]
+    assert "base: text is bfloat16[40,30] " in lines[0] or "base: text cannot be read" in lines[0]
+    assert "opt_state/0/mu/visual/gate is float32[64,50] " in lines[2] and lines[2].endswith("; and 2 more")
+    assert [len(verdict.problems) for verdict in verify(run)] == [1, 0, 7]
+
+
+def test_ls_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.checkpoints_ls(str(tmp_path)) == cli.checkpoints_verify(str(tmp_path)) == 2
+    assert capsys.readouterr().err.count("is no run directory: it has no experiment.json") == 2
+
+
+def test_paths_of_a_bucket_keep_their_form() -> None:
+    store = StageStore("gs://bucket/runs/one", "S0")
+    assert isinstance(store.step_folder(3), epath.Path)
+    assert str(store.step_folder(3)) == "gs://bucket/runs/one/stages/S0/steps/3" == str(place(str(store.step_folder(3))))
+    assert isinstance(place("runs/one"), Path) and place("runs/one").is_absolute()
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> str:
+    """`gs://` held in memory: what goes through epath lands there. Orbax's arrays do not, they have a driver of their own."""
+    from fsspec import registry
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    class Fake(MemoryFileSystem):
+        protocol = ("gs", "gcs")
+        store: dict = {}
+        pseudo_dirs = [""]
+
+        @classmethod
+        def _strip_protocol(cls, path: str) -> str:
+            return super()._strip_protocol(str(path).removeprefix("gs://").removeprefix("gcs://"))
+
+    monkeypatch.setitem(sys.modules["fsspec.registry"].__dict__["_registry"], "gcs", Fake)
+    assert registry["gcs"] is Fake
+    return "gs://bucket/runs/one"
+
+
+def test_a_run_in_a_bucket(bucket: str) -> None:
+    """Experiment, records and logs, without a file system under them."""
+    wanted = checkpoint.experiment(recipe())
+    assert checkpoint.claim_run(bucket, wanted) is False and checkpoint.claim_run(bucket, wanted) is True
+    assert checkpoint.read_recipe(bucket) == recipe()
+    with pytest.raises(RunError, match="holds another experiment"):
+        checkpoint.claim_run(bucket, checkpoint.experiment(recipe(seed=3)))
+    with checkpoint.run_lock(bucket):
+        pass
+    row = {"stage": "S0", "loss": 1.0, "part_losses": [1.0], "grad_norms": {}}
+    for reached, first in ((0, 1), (2, 3)):
+        with RunLog(bucket, {"S0": reached}, {"S0": 0}, progress=False, tensorboard=False) as log:
+            for step in range(first, first + 3):
+                log.write({**row, "step": step})
+            log.event("something")
+    assert [r["step"] for r in read_log(f"{bucket}/log.jsonl")] == [1, 2, 3, 4, 5]
+    store = StageStore(bucket, "S0")
+    assert store.all_steps() == [] and store.base_record() is None and not store.has_final()
+    store.finish({"loss": 1.0})
+    assert store.record() == {"loss": 1.0}
+    complete = place(f"{bucket}/stages/S0/steps/4")
+    (complete / "commit_success.txt").write_text("")
+    (place(f"{bucket}/stages/S0/steps/5") / "state").write_text("")
+    assert store.all_steps() == [4], "step 5 has no mark that it is complete"
+    store._discard(complete)
+    assert store.all_steps() == []
