@@ -116,6 +116,11 @@ class JsonlSource:
     def __len__(self) -> int:
         return len(self.index.offsets)
 
+    @property
+    def rejected(self) -> int:
+        """How many samples were found bad when the index was made."""
+        return len(self.index.bad)
+
     def length(self, index: int) -> tuple[int, int]:
         tokens, tiles = self.index.lengths[index]
         return int(tokens), int(tiles)
