@@ -5,8 +5,9 @@
     python -m pallas_kernels.benchmark --aot h100 [--tokens 4096] [--out gpu_aot.json]    # the report of aot_gpu.py
 
 The first times every implementation that runs on this machine's device, forward and forward + backward with the first expert frozen, over
-shares of visual tokens; each is timed in turn with the others and the median counts. The second needs libtpu and no TPU: it prints the
-compiler's cycle estimate for half visual tokens, less one, so that both experts end in a partly filled tile. That estimate knows no
+shares of visual tokens; each is timed in turn with the others and the median counts. With --out it also draws the ratios, as a PNG beside
+the JSON, which needs matplotlib. The second needs libtpu and no TPU: it prints the compiler's cycle estimate for half visual tokens, less
+one, so that both experts end in a partly filled tile. That estimate knows no
 contention for memory, so a kernel counts with the larger of the estimate and the time its bytes take at the chip's bandwidth. The floor is
 the smaller of two dense layers: what XLA estimates for its matmuls compiled one by one, and for the layer compiled as a whole.
 """
@@ -104,6 +105,22 @@ def measure(tokens: int, width: int, inner: int, dtype: str, rounds: int) -> lis
             seconds, floor = float(np.median(taken)), float(np.median(times["dense", what]))
             records.append({"share": share, "implementation": name, "pass": what, "seconds": seconds, "ratio": seconds / floor})
     return records
+
+
+def draw(records: list[dict[str, Any]], title: str, path: Path) -> None:
+    """The ratios over the share of visual tokens as a PNG, a panel for each pass and a line for each implementation."""
+    from matplotlib.figure import Figure
+
+    passes = list(dict.fromkeys(r["pass"] for r in records))
+    figure = Figure(figsize=(5 * len(passes), 4), layout="constrained")
+    figure.suptitle(title)
+    for axes, what in zip(figure.subplots(1, len(passes), squeeze=False)[0], passes, strict=True):
+        for name in dict.fromkeys(r["implementation"] for r in records):
+            mine = [r for r in records if (r["pass"], r["implementation"]) == (what, name)]
+            axes.plot([100 * r["share"] for r in mine], [r["ratio"] for r in mine], marker="o", label=name)
+        axes.set(title=what, xlabel="% of tokens visual", ylabel="seconds / seconds of one dense SwiGLU", ylim=(0, None))
+        axes.legend()
+    figure.savefig(path, dpi=120)
 
 
 # ---- cycles without a device ---------------------------------------------------------------------------------------------------------
@@ -283,6 +300,7 @@ def main() -> None:
         f = dense_floor if a.case == "floor" else functools.partial(profile, case=a.case)
         print(json.dumps(f(a.static, tokens=a.tokens, width=a.width, inner=a.inner)))
         return
+    title = f"{device_kind()}, {a.tokens} tokens, {a.width} -> {a.inner}, {a.dtype}"
     if a.static:
         cycles = static(a.static, a.tokens, a.width, a.inner)
         versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
@@ -298,11 +316,13 @@ def main() -> None:
         print(json.dumps(result, indent=1))
     else:
         result = measure(a.tokens, a.width, a.inner, a.dtype, a.rounds)
-        print(f"{device_kind()}, {a.tokens} tokens, {a.width} -> {a.inner}, {a.dtype}; ratio to the dense SwiGLU of the same run")
+        print(f"{title}; ratio to the dense SwiGLU of the same run")
         for r in result:
             print(f"{r['share']:5.0%} visual  {r['implementation']:12} {r['pass']:20} {1e3 * r['seconds']:10.3f} ms  {r['ratio']:6.2f}")
     if a.out:
         a.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+        if not a.static:
+            draw(result, title, a.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
