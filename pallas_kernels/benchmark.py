@@ -300,7 +300,7 @@ def main() -> None:
         f = dense_floor if a.case == "floor" else functools.partial(profile, case=a.case)
         print(json.dumps(f(a.static, tokens=a.tokens, width=a.width, inner=a.inner)))
         return
-    title = f"{device_kind()}, {a.tokens} tokens, {a.width} -> {a.inner}, {a.dtype}"
+    sizes = f"{a.tokens} tokens, {a.width} -> {a.inner}, {a.dtype}"
     if a.static:
         cycles = static(a.static, a.tokens, a.width, a.inner)
         versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
@@ -316,13 +316,13 @@ def main() -> None:
         print(json.dumps(result, indent=1))
     else:
         result = measure(a.tokens, a.width, a.inner, a.dtype, a.rounds)
-        print(f"{title}; ratio to the dense SwiGLU of the same run")
+        print(f"{device_kind()}, {sizes}; ratio to the dense SwiGLU of the same run")
         for r in result:
             print(f"{r['share']:5.0%} visual  {r['implementation']:12} {r['pass']:20} {1e3 * r['seconds']:10.3f} ms  {r['ratio']:6.2f}")
     if a.out:
         a.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
         if not a.static:
-            draw(result, title, a.out.with_suffix(".png"))
+            draw(result, f"{device_kind()}, {sizes}", a.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
