@@ -144,3 +144,14 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
             counts[key] += times[name]
     rows = [Collective(kind, axes, size, total, counts[kind, axes, size, late], late) for (kind, axes, size, late), total in found.items()]
     return sorted(rows, key=lambda row: -row.bytes)
+
+
+def kernels(text: str) -> dict[str, int]:
+    """{name of a Pallas kernel: how often a step runs it} of an HLO module."""
+    times, lines = runs(text)
+    found: collections.Counter[str] = collections.Counter()
+    for name, of in lines.items():
+        for line in of:
+            if times[name] and 'custom_call_target="tpu_custom_call"' in line and (match := _INSTRUCTION.match(line)):
+                found[re.sub(r"[.\d]+$", "", match[1])] += times[name]
+    return dict(sorted(found.items()))

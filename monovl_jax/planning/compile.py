@@ -53,7 +53,9 @@ def topology(name: str) -> list[Any]:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
     except Exception as error:  # jax wraps what libtpu says in several types
         words = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise PlanError(f"libtpu does not know the topology {name!r} ({words}); write v5e:4x4, v5p:8x8x8 or v6e:16x16, for example") from None
+        raise PlanError(
+            f"libtpu does not know the topology {name!r} ({words}); write v5e:4x4, v5p:8x8x8 or v6e:16x16, for example"
+        ) from None
 
 
 def plan_mesh(devices: Sequence[Any], data: int | None, fsdp: int | None, tensor: int | None) -> Mesh:
@@ -150,9 +152,7 @@ def compile_stage(recipe: Recipe, stage: Stage, mesh: Mesh, remat: str = "save_p
     ops = Ops(dtype=jnp.bfloat16, remat=remat)  # pyright: ignore[reportArgumentType]
     graphdef, lora = model_structure(recipe.model).graphdef, stage.lora
     began = time.monotonic()
-    step: Any = make_train_step(
-        graphdef, optimizer, ops, trainable, frozen, mesh, stage.accumulation, lora=lora, compiler_options=options
-    )
+    step: Any = make_train_step(graphdef, optimizer, ops, trainable, frozen, mesh, stage.accumulation, lora=lora, compiler_options=options)
     memory, text = Memory(), ""
     try:
         compiled = step.lower(trainable, state, frozen, batch).compile()
