@@ -366,6 +366,80 @@ def train(
     return 0
 
 
+def plan(
+    recipe: Positional[str],
+    *,
+    topology: str,
+    init: Path | None = None,
+    stages: tuple[str, ...] = (),
+    batch_size: int | None = None,
+    accumulation: int | None = None,
+    sequence_length: int | None = None,
+    remat: Literal["none", "save_projections", "full"] = "save_projections",
+    mesh_data: Annotated[int | None, tyro.conf.arg(name="mesh.data")] = None,
+    mesh_fsdp: Annotated[int | None, tyro.conf.arg(name="mesh.fsdp")] = None,
+    mesh_tensor: Annotated[int | None, tyro.conf.arg(name="mesh.tensor")] = None,
+    out: Path | None = None,
+    picture: Path | None = None,
+) -> int:
+    """Compile a recipe for a TPU pod on a machine without one: does it fit, what does it cost (docs/planning.md).
+
+    Exit code 1 when a stage does not fit.
+
+    Args:
+        recipe: evip, evip_plus_plus, or FILE.py:NAME, as `monovl train` takes it.
+        topology: v5e:4x4, v5p:8x8x8, v6e:16x16 or another that libtpu knows.
+        init: for recipes that work on a model you bring, the folder of its weights; only its config is read.
+        stages: only these stages of the recipe.
+        batch_size: rows of a step, instead of the recipe's.
+        accumulation: micro-batches a step; the fewest that a formula takes to fit by default.
+        sequence_length: tokens of a row, instead of the recipe's.
+        remat: what the backward pass computes again.
+        mesh_data: as of `monovl train`; without any of the three, parameters lie in up to 16 pieces.
+        mesh_fsdp: devices among which rows and parameters are divided.
+        mesh_tensor: devices among which heads, hidden units and vocabulary are divided.
+        out: a JSON file for the plan.
+        picture: a PNG file for bars of a chip's memory.
+    """
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from monovl_jax.planning import report
+    from monovl_jax.planning.plan import EXPECTED_ERRORS, prepare
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    plans = []
+    try:
+        job = prepare(
+            recipe,
+            topology,
+            init=init,
+            stages=stages,
+            mesh=(mesh_data, mesh_fsdp, mesh_tensor),
+            accumulation=accumulation,
+            remat=remat,
+            outputs=(out, picture),
+            say=say,
+            batch_size=batch_size,
+            sequence_length=sequence_length,
+        )
+        for stage in job:
+            plans.append(stage)
+            print("\n".join(report.stage_lines(stage)), flush=True)
+            if out is not None:
+                report.write_json(out, recipe, topology, plans)
+        print("\n".join(report.closing_lines()))
+        if picture is not None:
+            report.write_picture(picture, f"{recipe} on {topology}", plans)
+    except EXPECTED_ERRORS as error:
+        print(f"monovl plan: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("monovl plan: stopped", file=sys.stderr)
+        return 130
+    return 0 if all(stage.fits for stage in plans) else 1
+
+
 def convert_import(src: Positional[Path], dst: Positional[Path], *, dtype: Literal["float32", "bfloat16", "float16"] | None = None) -> int:
     """Released PyTorch weights to an Orbax folder of ours.
 
@@ -522,6 +596,7 @@ COMMANDS = {
     "generate": generate,
     "chat": chat,
     "train": train,
+    "plan": plan,
     "convert": convert,
     "checkpoints": checkpoints,
 }

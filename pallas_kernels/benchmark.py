@@ -5,8 +5,9 @@
     python -m pallas_kernels.benchmark --aot h100 [--tokens 4096] [--out gpu_aot.json]    # the report of aot_gpu.py
 
 The first times every implementation that runs on this machine's device, forward and forward + backward with the first expert frozen, over
-shares of visual tokens; each is timed in turn with the others and the median counts. The second needs libtpu and no TPU: it prints the
-compiler's cycle estimate for half visual tokens, less one, so that both experts end in a partly filled tile. That estimate knows no
+shares of visual tokens; each is timed in turn with the others and the median counts. With --out it also draws the ratios, as a PNG beside
+the JSON, which needs matplotlib. The second needs libtpu and no TPU: it prints the compiler's cycle estimate for half visual tokens, less
+one, so that both experts end in a partly filled tile. That estimate knows no
 contention for memory, so a kernel counts with the larger of the estimate and the time its bytes take at the chip's bandwidth. The floor is
 the smaller of two dense layers: what XLA estimates for its matmuls compiled one by one, and for the layer compiled as a whole.
 """
@@ -34,7 +35,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
-from jax.extend.core import ClosedJaxpr
+from jax.extend.core import ClosedJaxpr, Var
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import aot_gpu, make_routing, reference, routed_swiglu, tpu
@@ -106,6 +107,22 @@ def measure(tokens: int, width: int, inner: int, dtype: str, rounds: int) -> lis
     return records
 
 
+def draw(records: list[dict[str, Any]], title: str, path: Path) -> None:
+    """The ratios over the share of visual tokens as a PNG, a panel for each pass and a line for each implementation."""
+    from matplotlib.figure import Figure
+
+    passes = list(dict.fromkeys(r["pass"] for r in records))
+    figure = Figure(figsize=(5 * len(passes), 4), layout="constrained")
+    figure.suptitle(title)
+    for axes, what in zip(figure.subplots(1, len(passes), squeeze=False)[0], passes, strict=True):
+        for name in dict.fromkeys(r["implementation"] for r in records):
+            mine = [r for r in records if (r["pass"], r["implementation"]) == (what, name)]
+            axes.plot([100 * r["share"] for r in mine], [r["ratio"] for r in mine], marker="o", label=name)
+        axes.set(title=what, xlabel="% of tokens visual", ylabel="seconds / seconds of one dense SwiGLU", ylim=(0, None))
+        axes.legend()
+    figure.savefig(path, dpi=120)
+
+
 # ---- cycles without a device ---------------------------------------------------------------------------------------------------------
 
 
@@ -120,11 +137,15 @@ def compile_for(topology: str, f: Callable[..., Any], *args: Any) -> Any:
 
 
 def bytes_of_kernels(f: Callable[..., Any], *args: Any) -> collections.Counter[str]:
-    """The bytes each named Pallas kernel of f declares to move."""
+    """The bytes each named Pallas kernel of f declares to move, without those whose results f does not use: XLA drops them too."""
     found: collections.Counter[str] = collections.Counter()
 
     def walk(jaxpr: Any) -> None:
-        for eqn in jaxpr.eqns:
+        live = {v for v in jaxpr.outvars if isinstance(v, Var)}
+        for eqn in reversed(jaxpr.eqns):
+            if live.isdisjoint(eqn.outvars):
+                continue
+            live.update(v for v in eqn.invars if isinstance(v, Var))
             if eqn.primitive.name == "pallas_call":
                 found[eqn.params["name"]] += eqn.params["cost_estimate"].bytes_accessed
             else:
@@ -149,15 +170,15 @@ def kernel_cases(generation: str, tokens: int, width: int, inner: int) -> dict[s
     slots = routing.source.shape[0]
     rows, hidden, experts = array(slots, width), array(slots, inner), (weights, weights)
 
-    def weight_gradients(e: int) -> Callable[..., Any]:
-        return lambda *a: backend.swiglu_bwd(*a)[1][e]
+    def backward(*args: Any) -> Any:
+        dx, (_, visual) = backend.swiglu_bwd(*args)
+        return dx, visual
 
-    backward = (rows, hidden, hidden, rows, experts, routing)
     return {
         "forward": (backend.swiglu, (rows, experts, routing)),
         "forward, gate and up saved": (backend.swiglu_fwd, (rows, experts, routing)),
         "recomputed gate and up": (lambda *a: backend.swiglu_fwd(*a)[1:], (rows, experts, routing)),
-        "backward, text frozen": (lambda *a: (backend.swiglu_bwd(*a)[0], weight_gradients(1)(*a)), backward),
+        "backward, text frozen": (backward, (rows, hidden, hidden, rows, experts, routing)),
         "permutation": (lambda x, y, routing: (to_slots(x, routing), to_tokens(y, routing)), (x, rows, routing)),
         "routing": (lambda expert: make_routing(expert, row_multiple=multiple), (array(tokens, dtype=jnp.int32),)),
     }
@@ -279,6 +300,7 @@ def main() -> None:
         f = dense_floor if a.case == "floor" else functools.partial(profile, case=a.case)
         print(json.dumps(f(a.static, tokens=a.tokens, width=a.width, inner=a.inner)))
         return
+    sizes = f"{a.tokens} tokens, {a.width} -> {a.inner}, {a.dtype}"
     if a.static:
         cycles = static(a.static, a.tokens, a.width, a.inner)
         versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
@@ -294,11 +316,13 @@ def main() -> None:
         print(json.dumps(result, indent=1))
     else:
         result = measure(a.tokens, a.width, a.inner, a.dtype, a.rounds)
-        print(f"{device_kind()}, {a.tokens} tokens, {a.width} -> {a.inner}, {a.dtype}; ratio to the dense SwiGLU of the same run")
+        print(f"{device_kind()}, {sizes}; ratio to the dense SwiGLU of the same run")
         for r in result:
             print(f"{r['share']:5.0%} visual  {r['implementation']:12} {r['pass']:20} {1e3 * r['seconds']:10.3f} ms  {r['ratio']:6.2f}")
     if a.out:
         a.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+        if not a.static:
+            draw(result, f"{device_kind()}, {sizes}", a.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -186,7 +186,7 @@ class Tpu:
             results=[((x.shape[0], m), (rows, columns), lambda n, s, place: (s, n))] * outputs,
             dtype=x.dtype,
             flops=2 * x.shape[0] * k * m * per_expert,
-            moved=x.size * steps + outputs * x.shape[0] * m + experts * per_expert * k * m,
+            moved=self._used(routing, rows) * rows * k * steps + outputs * x.shape[0] * m + experts * per_expert * k * m,
         )
 
     def _reduced(
@@ -215,7 +215,8 @@ class Tpu:
             activations = rows * (sum(a.shape[1] for a in wide) + width + (len(narrow) + outputs) * columns)
             return 2 * size * (weight + activations) + 4 * rows * (width + 3 * columns)
 
-        rows, columns, sub = self._tiles(routing, inner, blocks, most=INNER)
+        # every tile reads all of its owner's weights: rows count, columns only decide between tiles of as many
+        rows, columns, sub = self._tiles(routing, inner, blocks, INNER, lambda rows, columns: (rows, columns))
         tiles, steps = slots // rows, inner // columns
 
         def body(place, *refs):
@@ -276,7 +277,8 @@ class Tpu:
             dtype=dtype,
             scratch=[pltpu.VMEM((rows, width), f32)],
             flops=2 * slots * sum(w.size for w in weights[0]),
-            moved=sum(a.size for a in wide + narrow) + slots * (width + outputs * inner) + tiles * sum(w.size for w in weights[0]),
+            moved=self._used(routing, rows) * (sum(rows * a.shape[1] for a in wide + narrow) + sum(w.size for w in weights[0]))
+            + slots * (width + outputs * inner),
         )
         return (y, *narrow_out)
 
@@ -332,7 +334,7 @@ class Tpu:
                 dtype=x.dtype,
                 scratch=[pltpu.VMEM((tk, tm), f32)] * len(dys),
                 flops=2 * routing.expert.shape[0] * k * m * len(dys),
-                moved=routing.expert.shape[0] * (k * (m // tm) + len(dys) * m * (k // tk)) + len(dys) * k * m,
+                moved=self._used(routing, rows, (expert,)) * rows * (k * (m // tm) + len(dys) * m * (k // tk)) + len(dys) * k * m,
             )
         )
 
@@ -374,8 +376,21 @@ class Tpu:
             first.append(first[-1] + b * (routing.block_rows // rows))
         return Place(first, list(self.counts))
 
-    def _tiles(self, routing: Routing, width: int, blocks: Callable[[int, int], int], most: int = COLUMNS[0]) -> tuple[int, int, int]:
-        """Rows and columns of a tile, and rows of a sub-block: of the tiles whose blocks fit into VMEM, the one that computes most for
+    def _used(self, routing: Routing, rows: int, experts: Sequence[int] | None = None) -> int:
+        """How many tiles of these experts, by default of all, hold tokens; the most there can be where the counts are not given."""
+        if self.counts is None:
+            return -(-routing.expert.shape[0] // rows) + (routing.num_experts - 1 if experts is None else 0)
+        return sum(-(-self.counts[e] // rows) for e in (range(routing.num_experts) if experts is None else experts))
+
+    def _tiles(
+        self,
+        routing: Routing,
+        width: int,
+        blocks: Callable[[int, int], int],
+        most: int = COLUMNS[0],
+        work: Callable[[int, int], Any] = lambda rows, columns: 1 / (1 / rows + 1 / columns),
+    ) -> tuple[int, int, int]:
+        """Rows and columns of a tile, and rows of a sub-block: of the tiles whose blocks fit into VMEM, the one that does most work for
         each byte it moves. All kernels of a routing have the same sub-blocks, so that one reads only what another has written."""
         largest = math.gcd(routing.block_rows, TPU_ROWS.get(self.generation, 512))
         sub = math.gcd(largest, SUB_ROWS)
@@ -384,7 +399,7 @@ class Tpu:
         fitting = [(r, c) for r in rows for c in COLUMNS if c <= most and width % c == 0 and blocks(r, c) <= budget]
         if not fitting:
             raise ValueError(f"no tile of {rows[-1]} rows of a width of {width} fits in VMEM; use another implementation")
-        return *max(fitting, key=lambda tile: 1 / (1 / tile[0] + 1 / tile[1])), sub
+        return *max(fitting, key=lambda tile: work(*tile)), sub
 
 
 def _filled_parts(valid: Any, rows: int, sub: int, whole_from: int, compute: Callable[[Any], None]) -> None:

@@ -1,6 +1,6 @@
 """Speed against a plain eager PyTorch twin with the same weights: prefill, decode and a delta-tuning step, in turn within one run.
 
-    export GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
+    export GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
     python -m experiments.benchmarks.inference --torch-python .venv-torch/bin/python [--rounds 9] [--out experiments/results/inference.json]
 
 The setting makes both sides keep freed memory: in a virtual machine that hands idle pages back to its host, fetching them again takes as
@@ -191,7 +191,6 @@ def compare(name: str, ours: Job, theirs: TwinJob, rounds: int) -> dict[str, Any
     """Runs both in turn, after first runs whose values must agree and which choose the twin's number of threads."""
     (_, mine), (_, other) = ours(), theirs(1)
     agreement = float(np.mean(mine == other)) if mine.dtype == np.int32 else float(np.abs(mine - other).max())
-    what = "of the ids are the same" if mine.dtype == np.int32 else "largest difference"
     ours()
     threads = min((1, os.cpu_count() or 1), key=lambda n: min(theirs(n)[0] for _ in range(2)))
     times = []
@@ -204,7 +203,7 @@ def compare(name: str, ours: Job, theirs: TwinJob, rounds: int) -> dict[str, Any
     ratio = float(np.median([b / a for a, b in times]))
     bar = BARS["tiny decode" if name.startswith("tiny") else name.split()[1]]
     print(f"{name:22s} ours {jax_s * 1e3:8.1f} ms   torch {torch_s * 1e3:8.1f} ms ({threads} threads)   {ratio:5.2f} x (bar {bar})")
-    print(f"{'':22s} {agreement:.3g} {what}")
+    print(f"{'':22s} " + (f"{agreement:.0%} of the ids are the same" if mine.dtype == np.int32 else f"largest difference {agreement:.3g}"))
     return {
         "ratio": ratio,
         "bar": bar,
