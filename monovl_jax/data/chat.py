@@ -280,7 +280,8 @@ def _encode(
         ids += new
         supervised += mask
     array = np.asarray(ids, np.int32)
-    if slots and np.count_nonzero(array == tokenizer.id_of(IMAGE_CONTEXT)) != sum(slots):
+    named = slots or any(IMAGE_CONTEXT in message.text for message in messages)
+    if named and np.count_nonzero(array == tokenizer.id_of(IMAGE_CONTEXT)) != sum(slots):
         raise SampleError(f"a text contains the token {IMAGE_CONTEXT} itself; remove it, pictures are written as {IMAGE_PLACEHOLDER}.")
     return Encoded(array, np.asarray(supervised, bool), sum(slots))
 

@@ -20,18 +20,24 @@ MAX_PIXELS = 89_478_485
 """Largest width * height that is decoded: Pillow's own threshold for a decompression bomb (a quarter GiB of RGB)."""
 
 
-def resolve_image_path(root: str | Path, name: str) -> Path:
-    """The path of picture `name` (relative) under `root`.
-
-    Raises SampleError if `name` is empty, absolute, contains `..`, or leads out of `root` through a symbolic link.
-    A missing file is not an error here.
-    """
+def check_image_name(root: str | Path, name: str) -> str:
+    """`name` without a leading `./`. Raises SampleError if it is empty, absolute or contains `..`: root only stands in the message."""
     if not isinstance(name, str) or not name.strip() or "\0" in name:
         raise SampleError(f"image path {name!r} is empty or not text; give a path relative to the image root.")
     if os.path.isabs(name) or name.startswith(("\\", "~")) or (len(name) > 1 and name[1] == ":"):
         raise SampleError(f"image path {name!r} is absolute; give a path relative to the image root {root}.")
     if ".." in name.replace("\\", "/").split("/"):
         raise SampleError(f"image path {name!r} contains '..' and may leave the image root; give a path inside {root}.")
+    return name.removeprefix("./")
+
+
+def resolve_image_path(root: str | Path, name: str) -> Path:
+    """The path of picture `name` (relative) under `root`.
+
+    Raises SampleError if `name` is empty, absolute, contains `..`, or leads out of `root` through a symbolic link.
+    A missing file is not an error here.
+    """
+    check_image_name(root, name)
     real_root = os.path.realpath(root)
     path = os.path.realpath(os.path.join(real_root, name))
     if path != real_root and not path.startswith(real_root.rstrip(os.sep) + os.sep):

@@ -2,11 +2,12 @@
 
     {"street": {"root": "pictures/", "annotation": "street.jsonl", "data_augment": false, "repeat_time": 1, "max_dynamic_patch": 6}}
 
-root: folder of the pictures (by default that of the annotation). annotation: a JSONL file (`data.jsonl`). Paths are relative to the folder
-of META.json. repeat_time: below 1 only the first part of the samples is used, a whole number repeats them. max_dynamic_patch: most tiles of
-a picture, thumbnail not counted (by default the model's). data_augment: compress every tile as JPEG once. length: how many lines the
-annotation has, for people. `"prepared": FOLDER` stands in place of root and annotation for samples that `monovl data prepare` has written
-(`data.shards`); a folder given as META.json stands for the META.json in it. Source: Mono-InternVL internvl/train/finetune.py:585-640 (build_datasets); spec 5.3.
+root: folder of the pictures (by default that of the annotation), or tar shards (`data.pictures`). annotation: a JSONL file
+(`data.jsonl`). Paths are relative to the folder of META.json. repeat_time: below 1 only the first part of the samples is used, a whole
+number repeats them. max_dynamic_patch: most tiles of a picture, thumbnail not counted (by default the model's). data_augment: compress
+every tile as JPEG once. length: how many lines the annotation has, for people. `"prepared": FOLDER` stands in place of root and annotation
+for samples that `monovl data prepare` has written (`data.shards`). A folder given as META.json stands for the META.json in it.
+Source: Mono-InternVL internvl/train/finetune.py:585-640 (build_datasets); spec 5.3.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from monovl_jax.data.pictures import is_tar_root, tar_shards
 
 EVERYTHING = "*"
 """In a stage's mixture: all data sets that it does not name."""
@@ -101,6 +104,9 @@ def _data_set(path: Path, name: str, entry: Any) -> DataSet:
     unknown = sorted(set(entry) - set(_FIELDS))
     require(not unknown, f" has the unknown field {unknown[0] if unknown else ''!r}; the fields are {', '.join(_FIELDS)}")
     annotation, root, prepared = entry.get("annotation"), entry.get("root"), entry.get("prepared")
+    for field, value in (("annotation", annotation), ("root", root), ("prepared", prepared)):
+        bucket = isinstance(value, str) and "://" in value
+        require(not bucket, f": {field} is {value!r}; data is read from files, so mount the bucket or copy it and give the path")
     if prepared is not None:
         require(isinstance(prepared, str) and prepared != "", f": prepared is {prepared!r}; give a folder that `monovl data prepare` made")
         require(annotation is None and root is None, " has prepared beside annotation or root; keep the one or the other")
@@ -112,7 +118,8 @@ def _data_set(path: Path, name: str, entry: Any) -> DataSet:
     file = path.parent / str(annotation)
     require(file.is_file(), f": the annotation {file} does not exist; paths are relative to the folder of {path.name}")
     folder = file.parent if root is None else path.parent / root
-    require(folder.is_dir(), f": the root {folder} is not a folder; paths are relative to the folder of {path.name}")
+    there = bool(tar_shards(folder)) if is_tar_root(folder) else folder.is_dir()
+    require(there, f": the root {folder} is not a folder, nor tar files that exist; paths are relative to the folder of {path.name}")
 
     augment = entry.get("data_augment", False)
     require(isinstance(augment, bool), f": data_augment is {augment!r}; write true or false")

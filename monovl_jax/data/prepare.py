@@ -7,7 +7,7 @@
 
 The lines of a JSONL file are cut into ranges of `samples_per_shard`; a range becomes a shard, whatever process makes it and when, so that
 the result is the same to the byte for any number of workers. A file appears under its name when it is whole, and the manifest when all
-are. `prepare_shard` needs nothing but its job, which pickles: a pool of processes calls it here, a Beam DoFn could.
+are. `prepare_shard` needs nothing but its job, which pickles: a pool of processes calls it here, workers of Beam in `data.beam`.
 """
 
 from __future__ import annotations
@@ -17,26 +17,30 @@ import json
 import multiprocessing
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from monovl_jax.config import read_config
 from monovl_jax.data.chat import TEMPLATES
 from monovl_jax.data.errors import SampleError
-from monovl_jax.data.images import MAX_PIXELS, image_size, load_image, read_image, resolve_image_path
+from monovl_jax.data.images import MAX_PIXELS, image_size, load_image
 from monovl_jax.data.jsonl import parse_line
 from monovl_jax.data.meta import MANIFEST, META, DataSet, MetaError, file_digest, read_meta
+from monovl_jax.data.pictures import Pictures, is_tar_root, open_pictures, tar_shards
 from monovl_jax.data.shards import (
     FORMAT,
     REJECTED,
     ShardIndex,
     StoredImage,
     StoredSample,
+    array_record,
     check_shards,
     count_slots,
     file_sha256,
@@ -52,11 +56,13 @@ from monovl_jax.data.sources import Encoding
 from monovl_jax.data.tiling import TilingConfig
 from monovl_jax.data.tokenizer import Tokenizer
 
-UNFINISHED, PLAN = "unfinished", "plan.json"
+UNFINISHED, PLAN, _PARTIAL = "unfinished", "plan.json", ".partial"
 _WRITER_OPTIONS = "group_size:1,zstd:1"  # a record by itself can be read by random access; tokens shrink, JPEG does not grow
+_COUNTED = ("tile_size", "min_tiles", "max_tiles", "use_thumbnail")
 _NAME = re.compile(r"\w[\w.-]*")
 
 Say = Callable[[str], None]
+Report = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -96,16 +102,16 @@ class ShardJob:
     settings: TextSettings
 
 
-def prepare_shard(job: ShardJob) -> dict[str, Any]:
+def prepare_shard(job: ShardJob) -> Report:
     """Writes one shard, its index and its report, and returns the report: counts and digests as JSON values.
 
     A pure function of the job and the files it names. Bad samples are left out and listed in the report. Raises OSError.
     """
-    from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
-
+    module = array_record()
     settings, encoding = job.settings, job.settings.encoding()
     words = Encoding(encoding.tokenizer, encoding.template, encoding.tiling, 1)  # one token a picture
     context, end = token_ids(encoding)
+    pictures = _pictures(job.root, _stamp(job.root))
     shard, index, report_file = (
         job.folder / f"{shard_name(job.number)}.arrayrecord",
         job.folder / f"{shard_name(job.number)}.npz",
@@ -115,13 +121,13 @@ def prepare_shard(job: ShardJob) -> dict[str, Any]:
     sizes: list[tuple[int, int]] = []
     rejected: list[dict[str, Any]] = []
     temporary = _temporary(shard)
-    writer = ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
+    writer = module.ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
     for line, raw in _lines(job):
         sample_id = None
         try:
             record = parse_line(raw)
             sample_id = record.id
-            images = [_stored_image(job, name) for name in record.images]
+            images = [_stored_image(pictures, name, settings) for name in record.images]
             encoded = words.encode(record.turns, [1] * len(images))
         except SampleError as error:
             entry = {"file": job.annotation.name, "line": line, "reason": str(error)}
@@ -132,7 +138,7 @@ def prepare_shard(job: ShardJob) -> dict[str, Any]:
         rows.append(index_row(sample, context, end))
         sizes += [image.size for image in images]
     writer.close()
-    reader = ArrayRecordReader(str(temporary))
+    reader = module.ArrayRecordReader(str(temporary))
     if not reader.ok() or reader.num_records() != len(rows):  # the writer is silent about a disk that is full
         raise OSError(f"{shard} cannot be written whole ({len(rows)} records); free some space and run the same command again")
     reader.close()
@@ -171,17 +177,30 @@ def _lines(job: ShardJob) -> Iterator[tuple[int, bytes]]:
             number += 1
 
 
-def _stored_image(job: ShardJob, name: str) -> StoredImage:
-    path = resolve_image_path(job.root, name)
-    data = read_image(path)
-    size = image_size(path, job.settings.max_pixels, data)
-    if job.settings.verify_images:
-        load_image(path, job.settings.max_pixels, data)
+def _stored_image(pictures: Pictures, name: str, settings: TextSettings) -> StoredImage:
+    where, data = pictures.where(name), pictures.read(name)
+    size = image_size(where, settings.max_pixels, data)
+    if settings.verify_images:
+        load_image(where, settings.max_pixels, data)
     return StoredImage(name, size, data)
 
 
+def _stamp(root: Path) -> tuple[tuple[str, int, int], ...]:
+    """Changes with the tar shards of a root."""
+    stats = [(shard.name, shard.stat()) for shard in tar_shards(root)] if is_tar_root(root) else []
+    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+
+
+@functools.lru_cache(maxsize=2)
+def _pictures(root: Path, stamp: tuple[tuple[str, int, int], ...]) -> Pictures:
+    """Kept by a worker from shard to shard: the headers of a tar take a while to read."""
+    del stamp
+    return open_pictures(root)
+
+
 def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial")
+    """Its own for every process, so that two that make the same shard do not write into one file."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}{_PARTIAL}")
 
 
 def _settle(path: Path) -> None:
@@ -194,6 +213,10 @@ def _settle(path: Path) -> None:
 def _write_json(path: Path, value: Any) -> None:
     _temporary(path).write_text(json.dumps(value, ensure_ascii=False, indent=1, default=str) + "\n", "utf-8", "surrogatepass")
     _settle(path)
+
+
+RunJobs = Callable[[Sequence[ShardJob]], Iterable[Report]]
+"""Does all jobs by `prepare_shard`, somewhere and in any order, and gives the reports."""
 
 
 def plan_shards(data: DataSet, folder: Path, settings: TextSettings, samples_per_shard: int) -> list[ShardJob]:
@@ -215,40 +238,80 @@ def plan_shards(data: DataSet, folder: Path, settings: TextSettings, samples_per
     return jobs
 
 
+def settings_of(
+    model: Path | None, tokenizer: Path | None = None, template: str | None = None, verify_images: bool = False
+) -> TextSettings:
+    """The settings for a model's folder (a released or imported one, or a run), or for a tokenizer's folder and the name of a template.
+
+    Raises MetaError for too little; ValueError for a model folder without config.json.
+    """
+    if model is None and (tokenizer is None or template is None):
+        raise MetaError("the tokens depend on tokenizer and chat template: give --model DIR, or --tokenizer DIR and --template NAME")
+    if template is not None and template not in TEMPLATES:
+        raise MetaError(f"the template {template!r} is unknown; use one of {', '.join(TEMPLATES)}")
+    tiling, per_tile = TilingConfig(), 256
+    if model is not None:
+        config = read_config(model)
+        template, tokenizer, per_tile = template or config.template, tokenizer or model, config.vision.tokens_per_tile
+        tiling = TilingConfig(config.vision.tile_size, config.min_tiles, config.max_tiles, config.use_thumbnail)
+    assert tokenizer is not None and template is not None
+    return TextSettings(tokenizer, template, tiling, per_tile, verify_images)
+
+
+def find_sets(source: Path, root: Path | None = None) -> dict[str, DataSet]:
+    """The data sets of a META.json, or the one of a JSONL file with its pictures in `root` (by default the file's folder).
+
+    Raises MetaError for what cannot be prepared.
+    """
+    if source.suffix == ".jsonl":
+        pictures = source.parent if root is None else root
+        if not source.is_file():
+            raise MetaError(f"{source} does not exist; correct the path")
+        open_pictures(pictures)
+        sets = {source.stem: DataSet(source.stem, pictures, source)}
+    elif root is not None:
+        raise MetaError(f"{source} is no .jsonl file, and only those take --root; a META.json names the root of each data set itself")
+    else:
+        sets = read_meta(source)
+    for name, data in sets.items():
+        if data.prepared:
+            raise MetaError(f"{source}: data set {name!r} is prepared already; name its JSONL file as annotation instead")
+        if not _NAME.fullmatch(name):
+            raise MetaError(f"{source}: the data set {name!r} cannot be a folder's name; use letters, digits, '_', '-' and '.'")
+    return sets
+
+
 def prepare(
-    meta: Path,
+    sets: Mapping[str, DataSet],
     out: Path,
     settings: TextSettings,
     *,
     workers: int = 1,
     samples_per_shard: int = 2048,
     say: Say = print,
+    run: RunJobs | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Prepares every data set of a META.json into the folder `out`; returns the manifests by name. Run again to go on after a stop.
+    """Prepares data sets into the folder `out`; returns the manifests by name. The same call again goes on after a stop.
 
-    workers: processes; 1 works in this one. Raises MetaError for a META.json that cannot be used, a folder that holds something else, or
-    an annotation that changes meanwhile; ValueError for a tokenizer that will not do; OSError.
+    workers: processes; 1 works in this one. run: what does the jobs instead of them (`data.beam`). Raises MetaError for a folder that holds
+    something else, or an annotation that changes meanwhile; ValueError for a tokenizer that will not do; OSError.
     """
     if workers < 1 or samples_per_shard < 1:
         raise MetaError(f"{workers} workers and {samples_per_shard} samples a shard cannot be; give at least 1 of each")
-    sets = read_meta(meta)
-    for name, data in sets.items():
-        if data.prepared:
-            raise MetaError(f"{meta}: data set {name!r} is prepared already; name its JSONL file as annotation instead")
-        if not _NAME.fullmatch(name):
-            raise MetaError(f"{meta}: the data set {name!r} cannot be a folder's name; use letters, digits, '_', '-' and '.'")
+    array_record()
     token_ids(settings.encoding())
     _check_out(out, sets)
-    manifests = {name: _prepare_set(data, out / name, settings, workers, samples_per_shard, say) for name, data in sets.items()}
+    every = run or functools.partial(_run, workers=workers)
+    manifests = {name: _prepare_set(data, out / name, settings, samples_per_shard, every, say) for name, data in sets.items()}
     _write_json(out / META, {name: _entry(data) for name, data in sets.items()})
     return manifests
 
 
-def _check_out(out: Path, sets: dict[str, DataSet]) -> None:
+def _check_out(out: Path, sets: Mapping[str, DataSet]) -> None:
     if out.exists() and not out.is_dir():
         raise MetaError(f"{out} is a file; give a folder")
-    ours = {META, _temporary(Path(META)).name, *sets}
-    if out.is_dir() and (others := sorted({path.name for path in out.iterdir()} - ours)):
+    names = {path.name for path in out.iterdir() if not path.name.endswith(_PARTIAL)} if out.is_dir() else set()
+    if others := sorted(names - {META, *sets}):
         raise MetaError(f"{out} holds {others[0]!r}, which is not of this data; give a new folder")
     if any(data.annotation.resolve().is_relative_to(out.resolve()) for data in sets.values()):
         raise MetaError(f"{out} holds the annotations themselves; give a new folder")
@@ -260,74 +323,91 @@ def _entry(data: DataSet) -> dict[str, Any]:
     return {"prepared": data.name} | {key: value for key, value in {**kept, "length": data.length}.items() if value is not None}
 
 
-def _prepare_set(
-    data: DataSet, folder: Path, settings: TextSettings, workers: int, samples_per_shard: int, say: Say
-) -> dict[str, Any]:
-    encoding = settings.encoding()
-    identity = {
+def _identity(data: DataSet, settings: TextSettings, samples_per_shard: int) -> dict[str, Any]:
+    """What the files of a prepared folder depend on, as JSON values."""
+    counted = {key: value for key, value in asdict(settings.tiling).items() if key in _COUNTED}
+    return {
         "format": FORMAT,
         "annotation": data.annotation.name,
         "annotation_digest": file_digest(data.annotation),
         "samples_per_shard": samples_per_shard,
-        "settings": text_settings(encoding),
+        "settings": text_settings(settings.encoding()),
         "verify_images": settings.verify_images,
         "max_pixels": settings.max_pixels,
-        "counted_with": {
-            "tile_size": settings.tiling.tile_size,
-            "min_tiles": settings.tiling.min_tiles,
-            "max_tiles": settings.tiling.max_tiles,
-            "use_thumbnail": settings.tiling.use_thumbnail,
-            "visual_tokens_per_tile": settings.visual_tokens_per_tile,
-        },
+        "counted_with": counted | {"visual_tokens_per_tile": settings.visual_tokens_per_tile},
     }
+
+
+def _prepare_set(data: DataSet, folder: Path, settings: TextSettings, samples_per_shard: int, run: RunJobs, say: Say) -> dict[str, Any]:
+    identity = _identity(data, settings, samples_per_shard)
     if (folder / MANIFEST).is_file():
         manifest = read_manifest(folder)
-        _same(folder, {key: manifest.get(key) for key in identity}, identity)
+        _same(folder, manifest, identity)
         check_shards(folder, manifest)
         say(f"{data.name}: prepared already")
         _remove_unfinished(folder)
         return manifest
     plan = folder / UNFINISHED / PLAN
     if plan.is_file():
-        _same(folder, json.loads(plan.read_text(encoding="utf-8")), identity)
+        _same(folder, _read_plan(plan), identity)
     elif folder.is_dir() and any(path.name != UNFINISHED for path in folder.iterdir()):
         raise MetaError(f"{folder} holds files that `monovl data prepare` did not begin; give a new folder")
     else:
         plan.parent.mkdir(parents=True, exist_ok=True)
         _write_json(plan, identity)
-    jobs = plan_shards(data, folder, settings, samples_per_shard)
-    left = [job for job in jobs if not _is_done(job)]
-    say(f"{data.name}: {len(jobs)} shards, {len(jobs) - len(left)} there before")
-    done = len(jobs) - len(left)
-    for report in _run(left, workers):
-        done += 1
-        say(f"{data.name}: {done} of {len(jobs)} shards; the last has {report['records']} samples, {report['rejected']} rejected")
-    if file_digest(data.annotation) != identity["annotation_digest"]:
-        raise MetaError(f"{data.annotation} changed while it was prepared; give a new folder and run again")
-    return _finish(folder, identity, jobs)
+    import fcntl  # not on Windows, where array_record is not either
+
+    with open(plan, "rb") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise MetaError(f"another process is preparing {folder}; wait for it, or give another folder") from None
+        jobs = plan_shards(data, folder, settings, samples_per_shard)
+        left = [job for job in jobs if not is_done(job)]
+        say(f"{data.name}: {len(jobs)} shards, {len(jobs) - len(left)} there before")
+        for done, report in enumerate(run(left), len(jobs) - len(left) + 1):
+            say(f"{data.name}: {done} of {len(jobs)} shards; the last has {report['records']} samples, {report['rejected']} rejected")
+        if file_digest(data.annotation) != identity["annotation_digest"]:
+            raise MetaError(f"{data.annotation} changed while it was prepared; give a new folder and run again")
+        manifest = _finish(folder, identity, jobs)
+    say(f"{data.name}: {manifest['records']} samples, {manifest['pictures']} pictures, {manifest['bytes']:,} bytes")
+    if manifest["rejected"]:
+        say(f"{data.name}: {manifest['rejected']} samples rejected, listed with the reasons in {folder / REJECTED}")
+    return manifest
 
 
-def _same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+def _read_plan(path: Path) -> dict[str, Any]:
+    try:
+        plan = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(plan, dict):
+            return plan
+        problem = f"a JSON {type(plan).__name__}"
+    except (OSError, ValueError, RecursionError) as error:
+        problem = f"{type(error).__name__}: {error}"
+    raise MetaError(f"{path} is damaged ({problem}); remove the folder {path.parent.parent} and run again")
+
+
+def _same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     if different := [key for key in now if before.get(key) != now[key]]:
         raise MetaError(f"{folder} was begun with another {different[0]}; give a new folder, or the same settings and files as then")
 
 
-def _is_done(job: ShardJob) -> bool:
+def is_done(job: ShardJob) -> bool:
     """Whether the report of a shard is there and its files are as long as it says."""
     try:
-        report = _read_report(job)["report"]
+        report = read_report(job)["report"]
         files = {".arrayrecord": report["bytes"], ".npz": report["index_bytes"]}
         return all((job.folder / f"{shard_name(job.number)}{suffix}").stat().st_size == size for suffix, size in files.items())
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
-def _read_report(job: ShardJob) -> dict[str, Any]:
+def read_report(job: ShardJob) -> dict[str, Any]:
     path = job.folder / UNFINISHED / f"{shard_name(job.number)}.json"
     return json.loads(path.read_text("utf-8", "surrogatepass"))
 
 
-def _run(jobs: Sequence[ShardJob], workers: int) -> Iterator[dict[str, Any]]:
+def _run(jobs: Sequence[ShardJob], workers: int) -> Iterator[Report]:
     """The reports as shards get done, in any order."""
     if workers == 1 or len(jobs) < 2:
         yield from map(prepare_shard, jobs)
@@ -335,7 +415,7 @@ def _run(jobs: Sequence[ShardJob], workers: int) -> Iterator[dict[str, Any]]:
     # spawn: tokenizers has threads, which a fork would lose
     with ProcessPoolExecutor(min(workers, len(jobs)), multiprocessing.get_context("spawn")) as pool:
         waiting = iter(jobs)
-        running: set[Future[dict[str, Any]]] = {pool.submit(prepare_shard, job) for job, _ in zip(waiting, range(2 * workers))}
+        running: set[Future[Report]] = {pool.submit(prepare_shard, job) for job, _ in zip(waiting, range(2 * workers))}
         try:
             while running:
                 finished, running = wait(running, return_when="FIRST_COMPLETED")
@@ -353,7 +433,7 @@ def _finish(folder: Path, identity: dict[str, Any], jobs: Sequence[ShardJob]) ->
     rejected_file = folder / REJECTED
     with open(_temporary(rejected_file), "wb") as stream:
         for job in jobs:
-            found = _read_report(job)
+            found = read_report(job)
             shards.append(found["report"])
             for entry in found["rejected"]:
                 stream.write(json.dumps(entry, ensure_ascii=True).encode() + b"\n")
@@ -373,6 +453,8 @@ def _remove_unfinished(folder: Path) -> None:
         for path in unfinished.iterdir():
             path.unlink()
         unfinished.rmdir()
+    for path in folder.glob(f".*{_PARTIAL}"):
+        path.unlink()
 
 
 def verify(out: Path, say: Say = print) -> None:

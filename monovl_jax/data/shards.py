@@ -25,6 +25,7 @@ import hashlib
 import json
 import struct
 import threading
+import zipfile
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -129,9 +130,24 @@ class ShardIndex:
 
     @classmethod
     def load(cls, path: Path) -> ShardIndex:
-        """Raises ValueError, OSError or KeyError for a file that is none."""
+        """Raises ValueError, OSError, KeyError or MemoryError for a file that is none."""
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("it is compressed")  # written so by nobody but one who wants the memory to run out
         with np.load(path, allow_pickle=False) as arrays:
             return cls(arrays["columns"].astype(np.int64).reshape(-1, len(_COLUMNS)), arrays["sizes"].astype(np.int32).reshape(-1, 2))
+
+
+def array_record() -> Any:
+    """The module that reads and writes ArrayRecord files. Raises MetaError where there is none, as on Windows."""
+    try:
+        from array_record.python import array_record_module
+    except ImportError as error:
+        raise MetaError(
+            f"prepared data needs the package array_record, which cannot be loaded here ({error}); install it with pip, on Linux or macOS, "
+            "or train from the JSONL files"
+        ) from None
+    return array_record_module
 
 
 def shard_name(number: int) -> str:
@@ -161,21 +177,39 @@ def text_settings(encoding: Encoding) -> dict[str, Any]:
     return {"tokenizer": encoding.tokenizer.fingerprint(), "template": asdict(encoding.template)}
 
 
+def _manifest_problem(manifest: dict[str, Any]) -> str | None:
+    """A digest only tells accidents from the rest: what is read later must also be of the right kind."""
+    counts, texts = ("records", "rejected", "bytes", "index_bytes"), ("digest", "sha256", "index_sha256")
+    if not isinstance(manifest.get("settings"), dict) or not isinstance(manifest.get("annotation"), str):
+        return "settings or annotation is absent"
+    if not isinstance(manifest.get("shards"), list) or not isinstance(manifest.get("rejected"), int):
+        return "shards or rejected is absent"
+    for number, entry in enumerate(manifest["shards"]):
+        if not isinstance(entry, dict):
+            return f"shard {number} is no object"
+        whole = all(isinstance(entry.get(key), int) and entry[key] >= 0 for key in counts)
+        if not whole or not all(isinstance(entry.get(key), str) for key in texts):
+            return f"shard {number} lacks a count or a digest"
+    return None
+
+
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The manifest of a prepared folder. Raises MetaError for one that is absent, damaged, changed, or of another version."""
     path = Path(folder) / MANIFEST
     again = "run `monovl data prepare` again into a new folder"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        version, digest, shards = manifest["format"], manifest["digest"], manifest["shards"]
+        version, digest = manifest["format"], manifest["digest"]
     except FileNotFoundError:
         raise MetaError(f"{path} does not exist; run `monovl data prepare` to its end, or correct the path") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise MetaError(f"{path} is no manifest of prepared data ({type(error).__name__}: {error}); {again}") from None
     if version != FORMAT:
         raise MetaError(f"{path} has format {version}, this version of monovl_jax reads {FORMAT}; {again}")
-    if manifest_digest(manifest) != digest or not isinstance(shards, list):
+    if manifest_digest(manifest) != digest:
         raise MetaError(f"{path} was changed after it was written (its digest does not match); restore it, or {again}")
+    if problem := _manifest_problem(manifest):
+        raise MetaError(f"{path} is no manifest of prepared data ({problem}); {again}")
     return manifest
 
 
@@ -185,6 +219,9 @@ def check_shards(folder: str | Path, manifest: dict[str, Any], *, full: bool = F
     Sizes, indices in full, and some blocks of every shard are compared; with `full` every byte.
     """
     folder = Path(folder)
+    listed = {f"{shard_name(number)}.arrayrecord" for number in range(len(manifest["shards"]))}
+    if foreign := sorted({path.name for path in folder.glob("*.arrayrecord")} - listed):
+        raise MetaError(f"{folder} holds {foreign[0]!r}, which the manifest does not list; remove it, or copy the folder again")
     for number, entry in enumerate(manifest["shards"]):
         for suffix, bytes_key in ((".arrayrecord", "bytes"), (".npz", "index_bytes")):
             path = folder / f"{shard_name(number)}{suffix}"
@@ -227,6 +264,7 @@ class PreparedSource:
         max_pixels: int = MAX_PIXELS,
         augment_seed: int | None = None,
     ) -> None:
+        self._array_record = array_record()
         self.folder, self.encoding = Path(folder), encoding
         self.bad = BadSamples() if bad is None else bad
         self._strict, self._max_pixels, self._augment_seed = strict, max_pixels, augment_seed
@@ -258,8 +296,12 @@ class PreparedSource:
         parts = []
         for number, entry in enumerate(self.manifest["shards"]):
             path = self.folder / f"{shard_name(number)}.npz"
-            part = ShardIndex.load(path)
-            if len(part.columns) != entry["records"] or part.columns[:, 2].sum() != len(part.sizes):
+            try:
+                part = ShardIndex.load(path)
+            except (ValueError, OSError, KeyError, MemoryError, zipfile.BadZipFile) as error:
+                raise MetaError(f"{path} is no index of a shard ({type(error).__name__}: {error}); copy the folder again") from None
+            sound = (part.columns >= -1).all() and (part.columns[:, 1:3] >= 0).all() and (part.sizes >= 1).all()
+            if not sound or len(part.columns) != entry["records"] or part.columns[:, 2].sum() != len(part.sizes):
                 raise MetaError(f"{path} does not list the {entry['records']} records of its shard; copy the folder again")
             parts.append(part)
         none = ShardIndex(np.zeros((0, len(_COLUMNS)), np.int64), np.zeros((0, 2), np.int32))
@@ -378,15 +420,16 @@ class PreparedSource:
         try:
             return StoredSample.from_bytes(self._reader(shard, path).read([number])[0])
         except (RuntimeError, ValueError, IndexError) as error:
-            raise RuntimeError(f"{path}: record {number} cannot be read ({error}); look with `monovl data verify`, copy it again.") from None
+            raise RuntimeError(
+                f"{path}: record {number} cannot be read ({error}); look with `monovl data verify`, copy it again."
+            ) from None
 
     def _reader(self, shard: int, path: Path) -> Any:
-        from array_record.python.array_record_module import ArrayRecordReader
-
         with self._lock:
             reader = self._readers.pop(shard, None)
             if reader is None:
-                reader = ArrayRecordReader(str(path), options="readahead_buffer_size:0", file_reader_buffer_size=1 << 15)
+                options = "readahead_buffer_size:0,max_parallelism:0"  # what random access asks for
+                reader = self._array_record.ArrayRecordReader(str(path), options=options, file_reader_buffer_size=1 << 15)
                 if not reader.ok():
                     raise RuntimeError("it does not open")
             self._readers[shard] = reader
@@ -395,10 +438,11 @@ class PreparedSource:
             return reader
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_readers": OrderedDict(), "_lock": None}
+        return {**self.__dict__, "_readers": OrderedDict(), "_lock": None, "_array_record": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._array_record = array_record()
         self._lock = threading.Lock()
 
 
