@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -415,13 +416,13 @@ def _run(jobs: Sequence[ShardJob], workers: int) -> Iterator[Report]:
     # spawn: tokenizers has threads, which a fork would lose
     with ProcessPoolExecutor(min(workers, len(jobs)), multiprocessing.get_context("spawn")) as pool:
         waiting = iter(jobs)
-        running: set[Future[Report]] = {pool.submit(prepare_shard, job) for job, _ in zip(waiting, range(2 * workers))}
+        running: set[Future[Report]] = {pool.submit(prepare_shard, job) for job in islice(waiting, 2 * workers)}
         try:
             while running:
                 finished, running = wait(running, return_when="FIRST_COMPLETED")
                 for future in finished:
                     yield future.result()
-                    running |= {pool.submit(prepare_shard, job) for job, _ in zip(waiting, range(1))}
+                    running |= {pool.submit(prepare_shard, job) for job in islice(waiting, 1)}
         except BrokenProcessPool:
             raise OSError("a worker process died, out of memory perhaps; run the same command again, with fewer --workers") from None
         finally:
