@@ -339,6 +339,22 @@ def test_a_full_disk_is_an_error(home: Path, tmp_path: Path, monkeypatch: pytest
     assert not list((tmp_path / "out").rglob("shard-*"))
 
 
+def test_beam_writes_the_same_bytes(home: Path, tmp_path: Path) -> None:
+    pytest.importorskip("apache_beam", reason="needs the extra beam")
+    from monovl_jax.data.beam import beam_runner
+
+    run = beam_runner("--runner=DirectRunner")
+    make(home, tmp_path / "beam", run=run)
+    assert files(tmp_path / "beam") == files(home / "prepared")
+
+
+def test_without_beam(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "apache_beam", None)
+    code, out, err = command(cli.data_prepare, home / "META.json", tmp_path / "out", model=home / "model", beam="")
+    assert code == 2 and not out and len(err.splitlines()) == 1 and "pip install 'monovl_jax[beam]'" in err
+    assert not (tmp_path / "out").exists()
+
+
 # ---- damage --------------------------------------------------------------------------------------------------------------------------
 
 
