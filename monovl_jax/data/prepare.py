@@ -36,6 +36,7 @@ from monovl_jax.data.jsonl import parse_line
 from monovl_jax.data.meta import MANIFEST, META, DataSet, MetaError, file_digest, read_meta
 from monovl_jax.data.pictures import Pictures, is_tar_root, open_pictures, tar_shards
 from monovl_jax.data.shards import (
+    COLUMNS,
     FORMAT,
     REJECTED,
     ShardIndex,
@@ -143,8 +144,7 @@ def prepare_shard(job: ShardJob) -> Report:
     if not reader.ok() or reader.num_records() != len(rows):  # the writer is silent about a disk that is full
         raise OSError(f"{shard} cannot be written whole ({len(rows)} records); free some space and run the same command again")
     reader.close()
-    columns = np.asarray(rows, np.int64).reshape(len(rows), -1)
-    found = ShardIndex(columns.reshape(-1, 6), np.asarray(sizes, np.int32).reshape(-1, 2))
+    found = ShardIndex(np.asarray(rows, np.int64).reshape(-1, len(COLUMNS)), np.asarray(sizes, np.int32).reshape(-1, 2))
     found.save(_temporary(index))
     tiles = int(count_slots(found.sizes, found.columns[:, 2], settings.tiling).sum())
     report = {

@@ -45,7 +45,7 @@ from monovl_jax.data.tiling import TilingConfig, count_tiles, tile_image
 FORMAT = 1
 REJECTED = "rejected.jsonl"
 _MAGIC = b"MVL1"
-_COLUMNS = ("line", "tokens", "pictures", "answer", "before", "last")
+COLUMNS = ("line", "tokens", "pictures", "answer", "before", "last")
 _OPEN_SHARDS = 128
 _SAMPLED_BLOCKS = 4  # of a shard, when its digest is compared before training: 256 KiB
 
@@ -135,7 +135,7 @@ class ShardIndex:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise ValueError("it is compressed")  # written so by nobody but one who wants the memory to run out
         with np.load(path, allow_pickle=False) as arrays:
-            return cls(arrays["columns"].astype(np.int64).reshape(-1, len(_COLUMNS)), arrays["sizes"].astype(np.int32).reshape(-1, 2))
+            return cls(arrays["columns"].astype(np.int64).reshape(-1, len(COLUMNS)), arrays["sizes"].astype(np.int32).reshape(-1, 2))
 
 
 def array_record() -> Any:
@@ -304,7 +304,7 @@ class PreparedSource:
             if not sound or len(part.columns) != entry["records"] or part.columns[:, 2].sum() != len(part.sizes):
                 raise MetaError(f"{path} does not list the {entry['records']} records of its shard; copy the folder again")
             parts.append(part)
-        none = ShardIndex(np.zeros((0, len(_COLUMNS)), np.int64), np.zeros((0, 2), np.int32))
+        none = ShardIndex(np.zeros((0, len(COLUMNS)), np.int64), np.zeros((0, 2), np.int32))
         self._columns = np.concatenate([none.columns, *(part.columns for part in parts)])
         sizes = np.concatenate([none.sizes, *(part.sizes for part in parts)])
         self._ends = np.cumsum([len(part.columns) for part in parts], dtype=np.int64)
