@@ -65,7 +65,7 @@ def render() -> str:
         for name, found in inference["results"].items()
     ]
     data = _read("data.json")
-    packed = data["packing"]["shapes"]["longer rows, shaped like the data"]
+    packed = data["packing"]["shapes"]["rows of sft"]
     piped = (
         f"{data['tiles']['ratio_to_pillow']['prepared']:.2f}x bare Pillow; packing leaves {packed['token_waste']:.1%} of token slots and "
         f"{packed['tile_waste']:.1%} of tile slots empty; the demo waits {data['demo_wait']['share']:.1%} of its time for data"

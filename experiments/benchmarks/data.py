@@ -40,7 +40,7 @@ from monovl_jax.data.prepare import TextSettings, find_sets, prepare
 from monovl_jax.data.shards import PreparedSource
 from monovl_jax.data.sources import Encoding, Source
 from monovl_jax.data.tiling import TilingConfig, choose_grid, count_tiles
-from monovl_jax.demo.materials import build_tokenizer
+from monovl_jax.demo.text import build_tokenizer
 
 SIZES = {
     (640, 480): 0.44,
@@ -149,7 +149,7 @@ def llava_like(count: int, tiling: TilingConfig, seed: int = 0) -> np.ndarray:
 ROWS = {
     "rows of sft": (2_048, 7, 6),
     "rows of evip's S2": (8_192, 25, 12),
-    "longer rows, shaped like the data": (8_192, 28, 6),
+    "long rows, shaped like the data": (16_384, 56, 6),
 }
 """(tokens of a row, tiles of a row, most tiles of a picture)."""
 
