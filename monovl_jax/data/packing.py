@@ -14,10 +14,6 @@ The fields are those of design section 5. Source of the weightings: InternVL pat
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import math
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -83,36 +79,8 @@ class PackSpec:
             "segment_ids": np.zeros((rows, t), np.int32),
             "targets": np.zeros((rows, t), np.int32),
             "loss_weights": np.zeros((rows, t), np.float32),
-            "tiles": _zeros((rows, self.tiles, side, side, 3)),
+            "tiles": np.zeros((rows, self.tiles, side, side, 3), np.uint8),
         }
-
-
-_FREE: list[np.ndarray] = []
-_KEPT, _SMALL = 2, 1 << 22  # blocks; bytes
-
-
-def _zeros(shape: tuple[int, ...]) -> np.ndarray:
-    """uint8 zeros, of a block whose array nobody holds any more if there is one: a large batch would get new pages from the system each
-    time, which can cost several times the copying into them. The block comes back when the last view of the array is gone."""
-    size = math.prod(shape)
-    if size < _SMALL:
-        return np.zeros(shape, np.uint8)
-    block = np.empty(size, np.uint8)
-    for _ in range(len(_FREE)):
-        with contextlib.suppress(IndexError):  # another thread was quicker
-            if len(found := _FREE.pop(0)) == size:
-                block = found
-                break
-    owner = (ctypes.c_uint8 * size).from_buffer(block)  # every view keeps it alive, which is not so of a view of an array
-    weakref.finalize(owner, _give_back, block).atexit = False
-    array = np.frombuffer(owner, np.uint8).reshape(shape)
-    array.fill(0)
-    return array
-
-
-def _give_back(block: np.ndarray) -> None:
-    if len(_FREE) < _KEPT:
-        _FREE.append(block)
 
 
 def plan_packs(lengths: np.ndarray, spec: PackSpec, *, longest_first: bool = True) -> list[np.ndarray]:

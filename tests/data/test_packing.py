@@ -99,18 +99,3 @@ def test_text_only_rows_need_no_tiles() -> None:
     row = pack_row([Example(np.arange(10, 15, dtype=np.int32), np.ones(5, np.float32), np.zeros((0, 16, 16, 3), np.uint8))], spec)
     assert row["visual_slot"].shape == (0,) and row["tiles"].shape == (0, 16, 16, 3)
     assert row["targets"].tolist() == [11, 12, 13, 14, 0, 0, 0, 0]
-
-
-def test_large_tile_memory_is_used_again_but_never_while_a_view_lives() -> None:
-    spec = PackSpec(8, 3, 1, 700, 1)
-    first = spec.empty_rows(1)["tiles"]
-    where = first.__array_interface__["data"][0]
-    first += 7
-    view = first[0, 1:, :5]
-    del first
-    second = spec.empty_rows(1)["tiles"]
-    assert second.__array_interface__["data"][0] != where and not second.any() and (view == 7).all()
-    del view
-    third = spec.empty_rows(1)["tiles"]
-    assert third.__array_interface__["data"][0] == where and not third.any() and third.flags.writeable
-    assert third.shape == (1, 3, 700, 700, 3) and third.dtype == np.uint8
