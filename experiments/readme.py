@@ -64,12 +64,6 @@ def render() -> str:
         (name, f"{found['ratio']:.2f}x as fast as eager PyTorch (wanted: {found['bar']})", "`python -m experiments.benchmarks.inference`")
         for name, found in inference["results"].items()
     ]
-    data = _read("data.json")
-    packed = data["packing"]["shapes"]["rows of sft"]
-    piped = (
-        f"{data['tiles']['ratio_to_pillow']['prepared']:.2f}x bare Pillow; packing leaves {packed['token_waste']:.1%} of token slots and "
-        f"{packed['tile_waste']:.1%} of tile slots empty; the demo waits {data['demo_wait']['share']:.1%} of its time for data"
-    )
     rows = [
         ("what", "measured", "command"),
         ("---", "---", "---"),
@@ -82,7 +76,6 @@ def render() -> str:
         ),
         ("a train step with visual FFN experts", f"{ratio['ffn']:.2f}x the dense model without experts", bench),
         ("with attention experts too", f"{ratio['ffn+attention']:.2f}x", bench),
-        ("pictures to packed batches, one core", piped, "`python -m experiments.benchmarks.data`"),
         *converted,
         *asked,
         (
