@@ -420,9 +420,7 @@ class PreparedSource:
         try:
             return StoredSample.from_bytes(self._reader(shard, path).read([number])[0])
         except (RuntimeError, ValueError, IndexError) as error:
-            raise RuntimeError(
-                f"{path}: record {number} cannot be read ({error}); look with `monovl data verify`, copy it again."
-            ) from None
+            raise MetaError(f"{path}: record {number} cannot be read ({error}); look with `monovl data verify`, copy it again.") from None
 
     def _reader(self, shard: int, path: Path) -> Any:
         with self._lock:

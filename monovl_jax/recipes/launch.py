@@ -40,6 +40,7 @@ from monovl_jax.data.chat import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, TEMPLATE
 from monovl_jax.data.errors import SampleError
 from monovl_jax.data.jsonl import JsonlSource
 from monovl_jax.data.meta import EVERYTHING, DataSet, MetaError, file_digest, read_meta, shares
+from monovl_jax.data.pictures import RootError
 from monovl_jax.data.pipeline import Batch, Part
 from monovl_jax.data.shards import PreparedSource
 from monovl_jax.data.sources import BadSamples, Encoding, First, source_lengths
@@ -83,6 +84,7 @@ class LaunchError(ValueError):
 EXPECTED_ERRORS = (
     LaunchError,
     MetaError,
+    RootError,
     ConfigError,
     WeightsError,
     RecipeError,

@@ -441,7 +441,7 @@ def test_every_byte_is_compared_by_verify(home: Path, tmp_path: Path, monkeypatc
     with pytest.raises(MetaError, match=r"shard-00000\.arrayrecord was changed"):
         verify(out, told.append)
     source = PreparedSource(out / "street", tiny_encoding())
-    with pytest.raises(RuntimeError, match=r"shard-00000\.arrayrecord: record \d cannot be read"):
+    with pytest.raises(MetaError, match=r"shard-00000\.arrayrecord: record \d cannot be read"):
         for i in range(3):
             source[i]
     with pytest.raises(MetaError, match="lists no prepared data set"):
