@@ -166,7 +166,7 @@ def fastest(
 ) -> tuple[Stage, Remat]:
     """The stage with its micro-batches, and the policy: the one given, or the faster of those that fit by the formula."""
     policies: tuple[Remat, ...] = (remat,) if remat else ("save_projections", "full")
-    options = [(fitted(recipe, stage, mesh, policy, hbm, accumulation), policy) for policy in policies]
+    options: list[tuple[Fitted, Remat]] = [(fitted(recipe, stage, mesh, policy, hbm, accumulation), policy) for policy in policies]
     fitting = [option for option in options if option[0].need <= FILL * hbm] or options[-1:]
     trained, kind = recipe.trainable_paths(stage), mesh.devices.flat[0].device_kind
 

@@ -73,7 +73,7 @@ def test_the_step_is_compute_and_what_does_not_hide() -> None:
     rows = [row("all-gather", 4, 10**12), row("all-gather", 4, 3 * 10**12, overlapped=True)]
     costs = estimate(of, last, rows, 10**6, "none", mesh, "v5e:4x4", "TPU v5 lite")
     counts, peak = step_counts(of.model, last), peak_flops("TPU v5 lite")
-    assert peak == 197e12
+    assert peak is not None and peak == 197e12
     needed = step_flops(of.model, of.trainable_paths(last)).step(counts, of.model.vision.tokens_per_tile)
     assert costs.model_flops == costs.hardware_flops == needed
     assert costs.compute == pytest.approx(needed / 16 / (peak * EFFICIENCY))

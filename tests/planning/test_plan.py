@@ -92,8 +92,8 @@ def test_what_does_not_divide_is_told_before_compiling(
 @pytest.mark.parametrize("where", ["", "none/plan.json", "file/plan.json"])
 def test_a_place_that_cannot_be_written(where: str, tmp_path: Path, no_compiler: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
-    for flag in ("out", "picture"):
-        words = said(capsys, cli.plan("evip", topology="v5e:4x4", **{flag: tmp_path / where}))
+    for files in ({"out": tmp_path / where}, {"picture": tmp_path / where}):
+        words = said(capsys, cli.plan("evip", topology="v5e:4x4", out=files.get("out"), picture=files.get("picture")))
         assert f"{tmp_path / where} cannot be written; give a file in a folder that is there" in words
     assert no_compiler == []
 
@@ -156,18 +156,18 @@ def test_a_sweep_ranks_by_formula_and_compiles_three(no_compiler: list[Any], mon
         return dataclasses.replace(planned(), mesh=dict(mesh.shape), remat=remat)
 
     monkeypatch.setattr(planning, "plan_stage", plan_stage)
-    files = {"out": tmp_path / "sweep.json", "picture": tmp_path / "sweep.png"}
-    assert cli.plan("evip", topology="v5e:4x4", stages=("S2",), sweep=True, mesh_tensor=2, **files) == 0
+    out, picture = tmp_path / "sweep.json", tmp_path / "sweep.png"
+    assert cli.plan("evip", topology="v5e:4x4", stages=("S2",), sweep=True, mesh_tensor=2, out=out, picture=picture) == 0
     assert len(seen) == 3 and all(sizes["tensor"] == 2 and sizes["data"] * sizes["fsdp"] == 8 for sizes, _ in seen)
     printed = capsys.readouterr().out
     assert "candidates fit by the formula" in printed and "compiled, fastest first (3)" in printed
-    (stage_told,) = json.loads(files["out"].read_text())["stages"]
+    (stage_told,) = json.loads(out.read_text())["stages"]
     steps = [candidate["step"] for candidate in stage_told["candidates"]]
     assert steps == sorted(steps) and len(stage_told["compiled"]) == 3
     assert all(candidate["filled"] <= 0.95 and candidate["mesh"]["tensor"] == 2 for candidate in stage_told["candidates"])
     assert seen == [(candidate["mesh"], candidate["remat"]) for candidate in stage_told["candidates"][:3]]
-    with Image.open(files["picture"]) as picture:
-        assert picture.height > 300
+    with Image.open(picture) as image:
+        assert image.height > 300
     words = said(capsys, cli.plan("evip", topology="v5e:4x4", stages=("S2",), sweep=True, mesh_fsdp=1, mesh_tensor=1))
     assert "stage 'S2': no mesh fits v5e:4x4 by the formula" in words
 
