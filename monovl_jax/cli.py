@@ -420,38 +420,41 @@ def plan(
 
     def answers() -> int:
         planning.check_outputs((out,))
-        sizes = {"rows": batch_size or 8, "prompt": sequence_length or 2048, "new": new_tokens}
-        found = serving.serve(serving.find_model(recipe), topology, **sizes, cache=cache, say=say)
+        rows, prompt = 8 if batch_size is None else batch_size, 2048 if sequence_length is None else sequence_length
+        model = serving.find_model(recipe)
+        found = serving.serve(model, topology, rows=rows, prompt=prompt, new=new_tokens, cache=cache, say=say)
         print("\n".join(report.serve_lines(recipe, found)))
         if out is not None:
             report.write_serve(out, recipe, topology, found)
         return 0 if found.fits else 1
 
-    title, mesh, fits = f"{recipe} on {topology}", (mesh_data, mesh_fsdp, mesh_tensor), True
+    title, mesh = f"{recipe} on {topology}", (mesh_data, mesh_fsdp, mesh_tensor)
     try:
         if serve:
             return answers()
-        changes = {"batch_size": batch_size, "sequence_length": sequence_length}
-        job = planning.prepare(recipe, init=init, stages=stages, outputs=(out, picture), **changes)
-        options = {"mesh": mesh, "accumulation": accumulation, "cache": cache, "say": say}
-        found = []
+        files = (out, picture)
+        job = planning.prepare(recipe, init=init, stages=stages, batch_size=batch_size, sequence_length=sequence_length, outputs=files)
         if sweep:
-            for ranking in planning.sweep(job, topology, remat=remat, **options):
-                found.append(ranking)
+            sweeps = []
+            for ranking in planning.sweep(job, topology, mesh=mesh, accumulation=accumulation, remat=remat, cache=cache, say=say):
+                sweeps.append(ranking)
                 print("\n".join(report.sweep_lines(ranking)), flush=True)
                 if out is not None:
-                    report.write_sweep(out, recipe, topology, found)
-            fits = all(ranking.plans[0].fits for ranking in found)
+                    report.write_sweep(out, recipe, topology, sweeps)
+            if picture is not None:
+                report.write_sweep_picture(picture, title, sweeps)
+            fits = all(ranking.plans[0].fits for ranking in sweeps)
         else:
-            for stage in planning.plan(job, topology, remat=remat, **options):
-                found.append(stage)
+            plans = []
+            for stage in planning.plan(job, topology, mesh=mesh, accumulation=accumulation, remat=remat, cache=cache, say=say):
+                plans.append(stage)
                 print("\n".join(report.stage_lines(stage)), flush=True)
                 if out is not None:
-                    report.write_json(out, recipe, topology, found)
-            fits = all(stage.fits for stage in found)
+                    report.write_json(out, recipe, topology, plans)
+            if picture is not None:
+                report.write_picture(picture, title, plans)
+            fits = all(stage.fits for stage in plans)
         print("\n".join(report.closing_lines()))
-        if picture is not None:
-            (report.write_sweep_picture if sweep else report.write_picture)(picture, title, found)
     except planning.EXPECTED_ERRORS as error:
         print(f"monovl plan: {error}", file=sys.stderr)
         return 2
