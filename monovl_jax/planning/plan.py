@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,9 @@ from monovl_jax.training.trainable import model_structure
 
 COMPILED = 3
 """Candidates of a sweep that are compiled."""
+
+TRIES = 3
+"""How often a stage is compiled, at most, with ever smaller micro-batches until it fits, where their number is not given."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +149,7 @@ def plan(
     Args:
       name: of the topology, such as `v5e:4x4`.
       mesh: sizes of data, fsdp and tensor as `monovl train` takes them; without any, parameters lie in up to 16 pieces.
-      accumulation: micro-batches of a step; by default the fewest that a formula takes to fit.
+      accumulation: micro-batches of a step; by default the fewest that a formula takes to fit, or more where the compiler disagrees.
       remat: by default `save_projections` or `full`, whichever is faster by the formula among those that fit.
       cache: whether what was compiled before is taken from the user's cache folder, and kept there.
       say: told what is compiled.
@@ -155,15 +159,24 @@ def plan(
     devices, hbm = known_topology(name)
     grid = plan_mesh(devices, *mesh)
     parameter_shardings(model_structure(recipe.model).shapes, grid)
-    chosen = [fastest(recipe, stage, grid, name, hbm, accumulation, remat) for stage in recipe.stages]
-    for stage, policy in chosen:
-        say(f"compiling {stage.name} for {name}: mesh {dict(grid.shape)}, accumulation {stage.accumulation}, remat {policy}")
-        yield plan_stage(recipe, stage, grid, policy, name, hbm, cache)
+    choose = functools.partial(fastest, name=name, accumulation=accumulation, remat=remat)
+    for stage, first in [(stage, choose(recipe, stage, grid, hbm)) for stage in recipe.stages]:
+        (found, policy), done = first, None
+        for _ in range(TRIES):
+            say(f"compiling {stage.name} for {name}: mesh {dict(grid.shape)}, accumulation {found.stage.accumulation}, remat {policy}")
+            done = plan_stage(recipe, found.stage, grid, policy, name, hbm, cache)
+            told = hbm * found.need // max(1, done.compiled.memory.peak)  # what the formula may say, by what the compiler says
+            again = choose(recipe, stage, grid, told)
+            if done.fits or again == (found, policy):
+                break
+            found, policy = again
+        assert done is not None
+        yield done
 
 
 def fastest(
-    recipe: Recipe, stage: Stage, mesh: Mesh, name: str, hbm: int, accumulation: int | None, remat: Remat | None
-) -> tuple[Stage, Remat]:
+    recipe: Recipe, stage: Stage, mesh: Mesh, hbm: int, *, name: str, accumulation: int | None = None, remat: Remat | None = None
+) -> tuple[Fitted, Remat]:
     """The stage with its micro-batches, and the policy: the one given, or the faster of those that fit by the formula."""
     policies: tuple[Remat, ...] = (remat,) if remat else ("save_projections", "full")
     options: list[tuple[Fitted, Remat]] = [(fitted(recipe, stage, mesh, policy, hbm, accumulation), policy) for policy in policies]
@@ -175,8 +188,7 @@ def fastest(
         rows = guessed_collectives(recipe.model, found.stage, trained, mesh.shape, policy)
         return estimate(recipe, found.stage, rows, found.masters, policy, mesh.shape, name, kind).step
 
-    best, policy = min(fitting, key=seconds)
-    return best.stage, policy
+    return min(fitting, key=seconds)
 
 
 def known_topology(name: str) -> tuple[list[Any], int]:

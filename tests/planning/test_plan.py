@@ -141,11 +141,30 @@ def test_the_plain_command_takes_the_faster_remat_that_fits(no_compiler: list[An
     """S2 of the 2B model: nothing kept of the layers on 16 chips of 16 GB, what spares arithmetic where there is room."""
     of, mesh = evip_2b(), sweeping.make_mesh(1, 16, 1, devices=[Device(n, device_kind="TPU v5 lite") for n in range(16)])
     last = of.stage("S2")
-    small, remat = planning.fastest(of, last, mesh, "v5e:4x4", CHIPS["v5e"].hbm, None, None)
-    assert remat == "full" and small.accumulation > 1
-    large, remat = planning.fastest(of, last, mesh, "v5e:4x4", 20 * CHIPS["v5e"].hbm, None, None)
-    assert remat == "save_projections" and large.accumulation < small.accumulation
-    assert planning.fastest(of, last, mesh, "v5e:4x4", CHIPS["v5e"].hbm, 4, "none") == (dataclasses.replace(last, accumulation=4), "none")
+    small, remat = planning.fastest(of, last, mesh, CHIPS["v5e"].hbm, name="v5e:4x4")
+    assert remat == "full" and small.stage.accumulation > 1
+    large, remat = planning.fastest(of, last, mesh, 20 * CHIPS["v5e"].hbm, name="v5e:4x4")
+    assert remat == "save_projections" and large.stage.accumulation < small.stage.accumulation
+    found, remat = planning.fastest(of, last, mesh, CHIPS["v5e"].hbm, name="v5e:4x4", accumulation=4, remat="none")
+    assert (found.stage, remat) == (dataclasses.replace(last, accumulation=4), "none")
+
+
+def test_where_the_compiler_disagrees_more_micro_batches_are_tried(no_compiler: list[Any], monkeypatch, capsys) -> None:
+    """A program of twice what the formula says: the next is chosen by that, and no third is needed."""
+    tried: list[int] = []
+
+    def plan_stage(of: Any, stage: Any, mesh: Mesh, remat: str, name: str, hbm: int, *rest: Any) -> StagePlan:
+        tried.append(stage.accumulation)
+        need = planning.fitted(of, stage, mesh, remat, hbm, stage.accumulation).need
+        memory = Memory(over=2 * need) if 2 * need > hbm else Memory(temporaries=2 * need)
+        program = dataclasses.replace(compiled(GIB).program, memory=memory, text="")
+        return dataclasses.replace(planned(), compiled=dataclasses.replace(compiled(GIB), stage=stage, program=program), hbm=hbm)
+
+    monkeypatch.setattr(planning, "plan_stage", plan_stage)
+    assert cli.plan("evip", topology="v5p:2x2x4", stages=("S1.3",)) == 0
+    assert len(tried) == 2 and tried[0] < tried[1]
+    tried.clear()
+    assert cli.plan("evip", topology="v5p:2x2x4", stages=("S1.3",), accumulation=1) == 1 and tried == [1]
 
 
 def test_a_sweep_ranks_by_formula_and_compiles_three(no_compiler: list[Any], monkeypatch, tmp_path: Path, capsys) -> None:
