@@ -112,18 +112,38 @@ def kernel_cases(generation: str, tokens: int, width: int, inner: int) -> dict[s
     }
 
 
-def profile(topology: str, case: str, tokens: int, width: int, inner: int) -> dict[str, Any]:
-    """Cycles of each operation of one case. libtpu reads its flags once: a process profiles one case."""
+def vmem_of_kernels(text: str) -> dict[str, int]:
+    """The bytes of VMEM that each Pallas kernel takes, from a compiled program's text."""
+    found: dict[str, int] = {}
+    for line in text.splitlines():
+        name = re.match(r"\s*(?:ROOT )?%(\S+) = .*custom_call_target=\"tpu_custom_call\"", line)
+        used = re.search(r'"used_scoped_memory_configs":\[\{"memory_space":"1".*?"size":"(\d+)"', line)
+        if name and used:
+            kernel = without_number(name[1])
+            found[kernel] = max(found.get(kernel, 0), int(used[1]))
+    return found
+
+
+def without_number(name: str) -> str:
+    """The name that XLA gave to an operation, without what tells it from others of the same name."""
+    return re.sub(r"[.\d]+$", "", name)
+
+
+def profile(topology: str, case: str, tokens: int, width: int, inner: int) -> dict[str, dict[str, float]]:
+    """Cycles of each operation of one case, and the VMEM of its kernels. libtpu reads its flags once: a process profiles one case."""
     generation = topology.split(":")[0]
     with tempfile.TemporaryDirectory() as folder:
         os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_static_llo_profile_to={folder}"
         f, args = kernel_cases(generation, tokens, width, inner)[case]
+        vmem: dict[str, int] = {}
         if not (generation == "v5e" and case == "permutation"):  # there the estimator aborts on gathers: bandwidth alone counts
-            compile_for(topology, f, *args)
+            program = compile_for(topology, f, *args)
+            if case not in ("permutation", "routing"):  # they have no kernels, and the text of a program with gathers cannot be had
+                vmem = vmem_of_kernels(program.as_text())
         cycles: collections.Counter[str] = collections.Counter()
         for path in glob.glob(f"{folder}/*"):
             for name, count in re.findall(r'hlo_op_name: "([^"]+)"\s+estimated_cycles: (\d+)', Path(path).read_text("utf-8")):
-                cycles[re.sub(r"[.\d]+$", "", name)] += int(count)
+                cycles[without_number(name)] += int(count)
     clock, bandwidth = CHIPS[generation]
     bound = bytes_of_kernels(f, *args)
     if case == "permutation":  # rows in and out, twice
@@ -131,7 +151,7 @@ def profile(topology: str, case: str, tokens: int, width: int, inner: int) -> di
         cycles = collections.Counter({"permutation": sum(cycles.values())})
     elif case != "routing":  # what is copied around a kernel that is compiled alone is no part of it
         cycles = collections.Counter({name: count for name, count in cycles.items() if name.startswith("routed_")})
-    return {name: max(float(count), bound[name] * clock / bandwidth) for name, count in cycles.items()}
+    return {"cycles": {name: max(float(count), bound[name] * clock / bandwidth) for name, count in cycles.items()}, "vmem": vmem}
 
 
 def dense_floor(topology: str, tokens: int, width: int, inner: int) -> dict[str, float]:
@@ -158,10 +178,10 @@ def dense_floor(topology: str, tokens: int, width: int, inner: int) -> dict[str,
     }
 
 
-def static(topology: str, tokens: int, width: int, inner: int) -> dict[str, Any]:
-    """The floor and `profile` of every case, each in a process of its own that is given CASE_SECONDS."""
+def report(topology: str, tokens: int, width: int, inner: int) -> dict[str, Any]:
+    """The floor and `profile` of every case, each in a process of its own that is given CASE_SECONDS, and what follows from them."""
     sizes = ["--tokens", str(tokens), "--width", str(width), "--inner", str(inner)]
-    result: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for case in ("floor", *kernel_cases(topology.split(":")[0], tokens, width, inner)):
         command = [sys.executable, "-m", "pallas_kernels.benchmark", "--static", topology, "--case", case, *sizes]
         print(f"{topology}, {tokens} tokens: {case}", file=sys.stderr, flush=True)
@@ -170,10 +190,28 @@ def static(topology: str, tokens: int, width: int, inner: int) -> dict[str, Any]
                 command, capture_output=True, text=True, timeout=CASE_SECONDS, env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=False
             )
         except subprocess.TimeoutExpired:
-            result[case] = f"no estimate within {CASE_SECONDS} s"
+            found[case] = f"no estimate within {CASE_SECONDS} s"
             continue
-        result[case] = json.loads(child.stdout.splitlines()[-1]) if child.returncode == 0 else f"no estimate: {child.stderr.strip()[-300:]}"
-    return result
+        found[case] = json.loads(child.stdout.splitlines()[-1]) if child.returncode == 0 else f"no estimate: {child.stderr.strip()[-300:]}"
+    return record(topology, tokens, width, inner, found)
+
+
+def record(topology: str, tokens: int, width: int, inner: int, found: dict[str, Any]) -> dict[str, Any]:
+    """What is written of a report; found: by case, what `dense_floor` and `profile` return, or a word on why there is nothing."""
+    cycles = {case: r["cycles"] if isinstance(r, dict) and "cycles" in r else r for case, r in found.items()}
+    return {
+        "topology": topology,
+        "tokens": tokens,
+        "width": width,
+        "inner": inner,
+        "dtype": "bfloat16",
+        "visual share": 0.5,
+        **{name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
+        "date": str(datetime.date.today()),
+        "ratios": ratios(cycles),
+        "cycles": cycles,
+        "vmem": {case: r["vmem"] for case, r in found.items() if isinstance(r, dict) and r.get("vmem")},
+    }
 
 
 def ratios(result: dict[str, Any]) -> dict[str, float]:
@@ -205,14 +243,3 @@ def ratios(result: dict[str, Any]) -> dict[str, float]:
             table[f"{name}: kernels"] = round(kernels / dense_cycles, 3)
             table[f"{name}: all"] = round((kernels + permutations * around) / dense_cycles, 3)
     return table
-
-
-def report(topology: str, tokens: int, width: int, inner: int) -> dict[str, Any]:
-    """What `static` finds, its ratios, and what it was found with."""
-    return record(topology, tokens, width, inner, static(topology, tokens, width, inner))
-
-
-def record(topology: str, tokens: int, width: int, inner: int, cycles: dict[str, Any]) -> dict[str, Any]:
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
-    shape = {"tokens": tokens, "width": width, "inner": inner, "dtype": "bfloat16", "visual share": 0.5}
-    return {"topology": topology, **shape, **versions, "date": str(datetime.date.today()), "ratios": ratios(cycles), "cycles": cycles}
