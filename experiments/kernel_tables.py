@@ -39,7 +39,7 @@ def ratios() -> str:
     for name, by_tokens in BARS.items():
         for tokens, bars in by_tokens.items():
             for chip, bar in bars.items():
-                found = _static(chip, tokens)["ratios"]
+                found = _static(chip, tokens)["ratios"] if (RESULTS / "kernels" / f"{chip}_{tokens}.json").exists() else {}
                 kernels, everything = found.get(f"{name}: kernels"), found.get(f"{name}: all")
                 if everything is None:
                     verdict, shown = "no estimate", ("-", "-")

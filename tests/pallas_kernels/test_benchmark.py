@@ -54,7 +54,7 @@ def test_the_work_that_nothing_can_do_without(share: float, training: bool, expe
 
 def test_megablox_is_called_as_it_should_be() -> None:
     x, experts, dy = make_inputs("swiglu", (100, 128, 256))
-    expert = np.random.default_rng(0).integers(-1, 2, 100).astype(np.int32)
+    expert = jax.numpy.asarray(np.random.default_rng(0).integers(-1, 2, 100))
 
     def run(x, experts, dy, ours):
         routing = make_routing(expert, row_multiple=128)
@@ -84,7 +84,6 @@ def test_static_ratios_count_routing_and_permutation_once_for_each_pass() -> Non
         "floor": floor,
         "forward": {"routed_ffn": 101.0},
         "forward, gate and up saved": {"routed_gate_up": 70.0, "routed_down": 35.0},
-        "recomputed gate and up": {"routed_gate_up": 70.0},
         "backward, text frozen": {"routed_ffn_dx": 110.0, "routed_weight_gradient": 50.0},
         "permutation": {"permutation": 4.0},
         "routing": {"fusion": 1.0},
