@@ -5,9 +5,9 @@
     python -m pallas_kernels.benchmark --aot h100 [--tokens 4096] [--out gpu_aot.json]    # the report of aot_gpu.py
 
 The first times, on this machine's device, every implementation that runs there and grouped matmuls that are not ours (megablox on a TPU,
-tokamax where it is installed), forward and forward + backward with the first expert frozen, over shares of visual tokens; each is timed in
-turn with the others, in both orders, and the median counts. Routing is part of what is timed. With --out it also draws the ratios, as a PNG
-beside the JSON, which needs matplotlib. The others need no device (libtpu; the extra `aot-cuda`).
+tokamax where it is installed): forward, and forward + backward with the text expert frozen and with both trained, over shares of visual
+tokens. Each is timed in turn with the others, in both orders, and the median counts; routing is part of what is timed. With --out it also
+draws the ratios, as a PNG beside the JSON, which needs matplotlib. The others need no device (libtpu; the extra `aot-cuda`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import datetime
 import functools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,32 +42,34 @@ PEAKS = {
 """bfloat16 operations and bytes of memory per second, from the data sheets."""
 
 
-def needed(tokens: int, width: int, inner: int, itemsize: int, share: float, training: bool, experts: int = 2) -> tuple[float, float]:
+PASSES = ("forward", "forward + backward, text frozen", "forward + backward")
+
+
+def needed(tokens: int, width: int, inner: int, itemsize: int, used: int, trained: Sequence[float] | None = None) -> tuple[float, float]:
     """Operations, and bytes moved if everything went to memory and back once: what no implementation can do without.
 
-    Of two experts the second has `share` of the tokens and alone is trained; of one, all is trained.
+    used: how many experts have tokens; the others are not read. trained: of each trained expert, its share of the tokens; None for the
+    forward pass alone.
     """
-    trained = share if experts == 2 else 1.0
-    used = 1 if experts == 1 or share in (0, 1) else 2  # an expert without tokens is not read
     layer, weights = 2 * tokens * width * inner, 3 * width * inner
-    if not training:
+    if trained is None:
         return 3.0 * layer, float(itemsize * (2 * tokens * width + used * weights))
     rows = 4 * tokens * width + 4 * tokens * inner  # x, dy, y, dx; gate and up written and read
-    return (6 + 3 * trained) * layer, float(itemsize * (rows + (2 * used + 1) * weights))
+    return (6 + 3 * sum(trained)) * layer, float(itemsize * (rows + (2 * used + len(trained)) * weights))
 
 
 def implementations(dtype: str) -> dict[str, Callable[..., jax.Array]]:
-    """(x, visual, text, expert) -> y, by name: the floor, all of ours that run here, and others'."""
+    """(x, (text, visual), expert) -> y, by name: the floor, all of ours that run here, and others'."""
     here = {"pallas_tpu": tpu_generation(), "pallas_gpu": hopper_cores() and dtype == "bfloat16"}
 
-    def ours(x, visual, text, expert, name):
-        return routed_swiglu(x, (text, visual), make_routing(expert), name)
+    def ours(x, experts, expert, name):
+        return routed_swiglu(x, experts, make_routing(expert), name)
 
-    def theirs(x, visual, text, expert, dot):
-        return ragged.routed_swiglu(x, (text, visual), make_routing(expert), dot)
+    def theirs(x, experts, expert, dot):
+        return ragged.routed_swiglu(x, experts, make_routing(expert), dot)
 
     return {
-        "dense": lambda x, visual, text, expert: dense(x, visual),
+        "dense": lambda x, experts, expert: dense(x, experts[1]),
         **{name: functools.partial(ours, name=name) for name in IMPLEMENTATIONS if here.get(name, True)},
         **{name: functools.partial(theirs, dot=dot) for name, dot in ragged.others().items()},
     }
@@ -84,29 +86,38 @@ def measure(tokens: int, width: int, inner: int, dtype: str, rounds: int) -> dic
     x, dy = array(tokens, width), array(tokens, width)
     text, visual = ((array(width, inner), array(width, inner), array(inner, width)) for _ in range(2))
     # one program for all shares: how many tokens an expert has is known at run time
-    functions = implementations(dtype)
-    programs = {(name, False): jax.jit(f) for name, f in functions.items()}
-    programs |= {(name, True): jax.jit(with_gradient(f)) for name, f in functions.items()}
+    programs: dict[tuple[str, str], Any] = {}
+    for name, f in implementations(dtype).items():
+        programs[name, PASSES[0]] = jax.jit(lambda x, text, visual, dy, expert, f=f: f(x, (text, visual), expert))
+        frozen = with_gradient(lambda x, visual, text, expert, f=f: f(x, (text, visual), expert))
+        programs[name, PASSES[1]] = jax.jit(lambda x, text, visual, dy, expert, run=frozen: run(x, visual, dy, text, expert))
+        if name != "dense":
+            programs[name, PASSES[2]] = jax.jit(lambda x, text, visual, dy, expert, f=f: with_gradient(f)(x, (text, visual), dy, expert))
     peaks = PEAKS.get(tpu_generation() or device_kind()) if dtype == "bfloat16" else None
     records = []
     for share in SHARES:
         expert = jnp.asarray(rng.permutation(np.arange(tokens) < share * tokens), jnp.int32)
         times = collections.defaultdict(list)
         for turn in range(rounds + 1):
-            for name, training in list(programs)[:: 1 if turn % 2 else -1]:
+            for key in list(programs)[:: 1 if turn % 2 else -1]:
                 start = time.perf_counter()
-                jax.block_until_ready(programs[name, training](x, visual, *([dy] if training else []), text, expert))
+                jax.block_until_ready(programs[key](x, text, visual, dy, expert))
                 if turn:  # the first compiles
-                    times[name, training].append(time.perf_counter() - start)
-        for (name, training), taken in times.items():
-            seconds, floor = float(np.median(taken)), float(np.median(times["dense", training]))
-            work = needed(tokens, width, inner, x.dtype.itemsize, share, training, 1 if name == "dense" else 2)
+                    times[key].append(time.perf_counter() - start)
+        times["dense", PASSES[2]] = times["dense", PASSES[1]]
+        for (name, what), taken in times.items():
+            seconds, floor = float(np.median(taken)), float(np.median(times["dense", what]))
+            trained = {PASSES[0]: None, PASSES[1]: (share,), PASSES[2]: (share, 1 - share)}[what]
+            if name == "dense" and trained:
+                trained = (1.0,)
+            used = 1 if name == "dense" or share in (0, 1) else 2
+            work = needed(tokens, width, inner, x.dtype.itemsize, used, trained)
             of_peak = [w / seconds / peak for w, peak in zip(work, peaks, strict=True)] if peaks else [None, None]
             records.append(
                 {
                     "share": share,
                     "implementation": name,
-                    "pass": "forward + backward" if training else "forward",
+                    "pass": what,
                     "seconds": seconds,
                     "ratio": seconds / floor,
                     "of matmul peak": of_peak[0],
@@ -124,7 +135,7 @@ def table(result: dict[str, Any]) -> str:
     for r in result["records"]:
         peaks = [f"{r[of]:6.1%} {of}" for of in ("of matmul peak", "of bandwidth") if r[of] is not None]
         times = f"{1e3 * r['seconds']:10.3f} ms  {r['ratio']:6.2f}  {'  '.join(peaks)}".rstrip()
-        lines.append(f"{r['share']:5.0%} visual  {r['implementation']:12} {r['pass']:20} {times}")
+        lines.append(f"{r['share']:5.0%} visual  {r['implementation']:12} {r['pass']:32} {times}")
     return "\n".join(lines)
 
 

@@ -26,30 +26,35 @@ def test_every_implementation_is_timed_against_the_dense_layer(monkeypatch: pyte
     result = json.loads(out.read_text())
     assert result["tokens"] == 12 and result["device"] == "cpu" and out.with_suffix(".png").stat().st_size > 1000
     for share in benchmark.SHARES:
-        for what in ("forward", "forward + backward"):
+        for what in benchmark.PASSES:
             mine = {r["implementation"]: r for r in result["records"] if (r["share"], r["pass"]) == (share, what)}
             assert mine.keys() >= {"dense", "reference", "xla", "ragged"} and not mine.keys() & {"pallas_tpu", "pallas_gpu"}
             assert mine["dense"]["ratio"] == 1
             for r in mine.values():
                 assert r["ratio"] == pytest.approx(r["seconds"] / mine["dense"]["seconds"])
-                operations, moved = benchmark.needed(12, 3, 4, 2, share, what != "forward", 1 if r["implementation"] == "dense" else 2)
+                trained = {0: None, 1: (share,), 2: (share, 1 - share)}[benchmark.PASSES.index(what)]
+                used = 1 if share in (0, 1) else 2
+                if r["implementation"] == "dense":
+                    used, trained = 1, trained and (1.0,)
+                operations, moved = benchmark.needed(12, 3, 4, 2, used, trained)
                 assert r["of matmul peak"] == pytest.approx(operations / r["seconds"] / 1e12)
                 assert r["of bandwidth"] == pytest.approx(moved / r["seconds"] / 1e11)
     assert capsys.readouterr().out.count("of matmul peak") == len(result["records"])
 
 
 @pytest.mark.parametrize(
-    ("share", "training", "experts", "operations", "numbers"),
+    ("used", "trained", "operations", "numbers"),
     [
-        (0.5, False, 2, 6 * 12, 2 * 10 * 3 + 2 * 36),
-        (1.0, False, 2, 6 * 12, 2 * 10 * 3 + 36),  # the text expert is not read
-        (0.0, True, 2, 12 * 12, 4 * 10 * 3 + 4 * 10 * 4 + 3 * 36),  # read twice, and zeros for the visual one
-        (1.0, True, 1, 18 * 12, 4 * 10 * 3 + 4 * 10 * 4 + 3 * 36),
+        (2, None, 6 * 12, 2 * 10 * 3 + 2 * 36),
+        (1, None, 6 * 12, 2 * 10 * 3 + 36),  # the other expert is not read
+        (1, (0.0,), 12 * 12, 4 * 10 * 3 + 4 * 10 * 4 + 3 * 36),  # read twice, and zeros for the trained one
+        (2, (0.5,), 15 * 12, 4 * 10 * 3 + 4 * 10 * 4 + 5 * 36),
+        (2, (0.5, 0.5), 18 * 12, 4 * 10 * 3 + 4 * 10 * 4 + 6 * 36),
     ],
 )
-def test_the_work_that_nothing_can_do_without(share: float, training: bool, experts: int, operations: int, numbers: int) -> None:
+def test_the_work_that_nothing_can_do_without(used: int, trained: tuple | None, operations: int, numbers: int) -> None:
     """10 tokens, 3 -> 4: operations in multiples of the tokens, numbers moved."""
-    assert benchmark.needed(10, 3, 4, 2, share, training, experts) == (10 * operations, 2 * numbers)
+    assert benchmark.needed(10, 3, 4, 2, used, trained) == (10 * operations, 2 * numbers)
 
 
 def test_megablox_is_called_as_it_should_be() -> None:

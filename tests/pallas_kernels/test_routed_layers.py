@@ -294,8 +294,9 @@ def test_biases_and_a_gate_per_token(routed: bool) -> None:
 
 
 @pytest.mark.parametrize(("tokens", "taken"), [(SMALL - 1, "reference"), (SMALL, "xla")])
-def test_few_tokens_are_not_sorted(tokens: int, taken: str) -> None:
+def test_few_tokens_are_not_sorted(tokens: int, taken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A small mixed batch is the masked program itself, so it cannot be slower."""
+    monkeypatch.setattr("pallas_kernels.routing.checkify.debug_check", lambda *_, **__: None)  # numbers its errors from trace to trace
     x, weights, _ = make_inputs("swiglu", (tokens, 2, 3))
 
     def program(implementation: str | None) -> str:
