@@ -26,8 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import aot_gpu, aot_tpu, make_routing, ragged, routed_swiglu
-from pallas_kernels.aot_tpu import dense, with_gradient
+from pallas_kernels import aot_gpu, aot_tpu, make_routing, ragged, reference, routed_swiglu
 from pallas_kernels.api import IMPLEMENTATIONS
 from pallas_kernels.device import device_kind, hopper_cores, tpu_generation
 
@@ -40,6 +39,20 @@ PEAKS = {
     "NVIDIA H200": (989e12, 4800e9),
 }
 """bfloat16 operations and bytes of memory per second, from the data sheets."""
+
+
+def with_gradient(f: Callable[..., jax.Array]) -> Callable[..., Any]:
+    """(x, weights, dy, ...) -> (y, gradients of x and weights)."""
+
+    def run(x, weights, dy, *rest):
+        y, pull = jax.vjp(lambda x, w: f(x, w, *rest), x, weights)
+        return y, pull(dy)
+
+    return run
+
+
+def dense(x: jax.Array, weights: Any) -> jax.Array:
+    return reference.swiglu(x, *weights)
 
 
 PASSES = ("forward", "forward + backward, text frozen", "forward + backward")
