@@ -236,10 +236,11 @@ def encode_conversation(
     encoded = _encode(messages, template, tokenizer, tiles_per_image, visual_tokens_per_tile)
     if max_length is None or len(encoded.ids) <= max_length:
         return encoded
-    return _truncated(encoded, max_length, tokenizer)
+    return truncated(encoded, max_length, tokenizer)
 
 
-def _truncated(encoded: Encoded, max_length: int, tokenizer: Tokenizer) -> Encoded:
+def truncated(encoded: Encoded, max_length: int, tokenizer: Tokenizer) -> Encoded:
+    """The first `max_length` tokens of a longer conversation. Raises SampleError if a part of a picture would be cut off."""
     ids = encoded.ids[:max_length]
     if encoded.image_slots:
         context, end = tokenizer.id_of(IMAGE_CONTEXT), tokenizer.id_of(IMAGE_END)
@@ -279,7 +280,8 @@ def _encode(
         ids += new
         supervised += mask
     array = np.asarray(ids, np.int32)
-    if slots and np.count_nonzero(array == tokenizer.id_of(IMAGE_CONTEXT)) != sum(slots):
+    named = slots or any(IMAGE_CONTEXT in message.text for message in messages)
+    if named and np.count_nonzero(array == tokenizer.id_of(IMAGE_CONTEXT)) != sum(slots):
         raise SampleError(f"a text contains the token {IMAGE_CONTEXT} itself; remove it, pictures are written as {IMAGE_PLACEHOLDER}.")
     return Encoded(array, np.asarray(supervised, bool), sum(slots))
 

@@ -20,18 +20,24 @@ MAX_PIXELS = 89_478_485
 """Largest width * height that is decoded: Pillow's own threshold for a decompression bomb (a quarter GiB of RGB)."""
 
 
-def resolve_image_path(root: str | Path, name: str) -> Path:
-    """The path of picture `name` (relative) under `root`.
-
-    Raises SampleError if `name` is empty, absolute, contains `..`, or leads out of `root` through a symbolic link.
-    A missing file is not an error here.
-    """
+def check_image_name(root: str | Path, name: str) -> str:
+    """`name` without a leading `./`. Raises SampleError if it is empty, absolute or contains `..`: root only stands in the message."""
     if not isinstance(name, str) or not name.strip() or "\0" in name:
         raise SampleError(f"image path {name!r} is empty or not text; give a path relative to the image root.")
     if os.path.isabs(name) or name.startswith(("\\", "~")) or (len(name) > 1 and name[1] == ":"):
         raise SampleError(f"image path {name!r} is absolute; give a path relative to the image root {root}.")
     if ".." in name.replace("\\", "/").split("/"):
         raise SampleError(f"image path {name!r} contains '..' and may leave the image root; give a path inside {root}.")
+    return name.removeprefix("./")
+
+
+def resolve_image_path(root: str | Path, name: str) -> Path:
+    """The path of picture `name` (relative) under `root`.
+
+    Raises SampleError if `name` is empty, absolute, contains `..`, or leads out of `root` through a symbolic link.
+    A missing file is not an error here.
+    """
+    check_image_name(root, name)
     real_root = os.path.realpath(root)
     path = os.path.realpath(os.path.join(real_root, name))
     if path != real_root and not path.startswith(real_root.rstrip(os.sep) + os.sep):
@@ -39,11 +45,33 @@ def resolve_image_path(root: str | Path, name: str) -> Path:
     return Path(path)
 
 
-def _open(path: str | Path, max_pixels: int) -> Image.Image:
+MAX_FILE_BYTES = 1 << 29
+"""Largest picture file that `read_image` takes: twice the decoded size of the largest picture."""
+
+
+def read_image(path: str | Path) -> bytes:
+    """The content of a picture file as it is. Raises SampleError for a missing, unreadable or too large file."""
+    try:
+        if not os.path.isdir(path) and os.path.exists(path) and not os.path.isfile(path):
+            raise SampleError(f"image {path} is no ordinary file; give the path of a picture.")
+        with open(path, "rb") as stream:
+            data = stream.read(MAX_FILE_BYTES + 1)
+    except FileNotFoundError:
+        raise SampleError(f"image {path} does not exist; correct the path or the image root.") from None
+    except IsADirectoryError:
+        raise SampleError(f"image {path} is a folder; give the path of a picture.") from None
+    except OSError as error:
+        raise SampleError(f"image {path} cannot be opened ({type(error).__name__}: {error}); replace the file.") from None
+    if len(data) > MAX_FILE_BYTES:
+        raise SampleError(f"image {path} is a file of more than {MAX_FILE_BYTES:,} bytes; shrink it.")
+    return data
+
+
+def _open(path: str | Path, max_pixels: int, data: bytes | None = None) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(path)
+            image = Image.open(path if data is None else io.BytesIO(data))
     except FileNotFoundError:
         raise SampleError(f"image {path} does not exist; correct the path or the image root.") from None
     except IsADirectoryError:
@@ -51,7 +79,7 @@ def _open(path: str | Path, max_pixels: int) -> Image.Image:
     except Image.DecompressionBombError:
         raise SampleError(_too_large(path, "more than 178 million pixels", max_pixels)) from None
     except Image.UnidentifiedImageError:
-        size = os.path.getsize(path) if os.path.isfile(path) else 0
+        size = len(data) if data is not None else os.path.getsize(path) if os.path.isfile(path) else 0
         if size == 0:
             raise SampleError(f"image {path} is empty (0 bytes); copy it again.") from None
         raise SampleError(f"image {path} ({size} bytes) is in no format that Pillow reads; convert it to PNG or JPEG.") from None
@@ -72,21 +100,23 @@ def _too_large(path: str | Path, what: str, max_pixels: int) -> str:
     return f"image {path} has {what}, the limit is {max_pixels:,}; shrink it or raise max_pixels."
 
 
-def image_size(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(width, height) in pixels from the header of the file.
+def image_size(path: str | Path, max_pixels: int = MAX_PIXELS, data: bytes | None = None) -> tuple[int, int]:
+    """(width, height) in pixels from the header of the file; data: its content, if that was read already (`path` only names it then).
 
     Raises SampleError for a missing, empty, unreadable or too large file. A truncated file with a sound header passes.
     """
-    with _open(path, max_pixels) as image:
+    with _open(path, max_pixels, data) as image:
         return image.size
 
 
-def load_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def load_image(path: str | Path, max_pixels: int = MAX_PIXELS, data: bytes | None = None) -> Image.Image:
     """The decoded picture in mode RGB (upstream's `convert('RGB')`; EXIF orientation is ignored, as there).
+
+    data: the content of the file, if that was read already; `path` only names it then.
 
     Raises SampleError for a missing, empty, unreadable, truncated or too large file.
     """
-    with _open(path, max_pixels) as image:
+    with _open(path, max_pixels, data) as image:
         try:
             return to_rgb(image)
         except (OSError, ValueError, SyntaxError, EOFError, TypeError, KeyError, IndexError, OverflowError, MemoryError) as error:

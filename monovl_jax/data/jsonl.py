@@ -24,8 +24,9 @@ import numpy as np
 
 from monovl_jax.data.chat import Turn, parse_turns
 from monovl_jax.data.errors import SampleError
-from monovl_jax.data.images import MAX_PIXELS, image_size, load_image, recompress, resolve_image_path
+from monovl_jax.data.images import MAX_PIXELS, recompress
 from monovl_jax.data.packing import Example
+from monovl_jax.data.pictures import Pictures, open_pictures
 from monovl_jax.data.sources import BadSamples, Encoding, make_example
 from monovl_jax.data.tiling import tile_image, tiles_per_image
 
@@ -77,12 +78,12 @@ def parse_line(raw: bytes) -> Record:
 class JsonlSource:
     """Samples of one JSONL file. Implements `Source`.
 
-    image_root: folder that picture paths are relative to and must stay in (default: the file's folder).
+    image_root: folder that picture paths are relative to and must stay in (default: the file's folder), or tar shards (`data.pictures`).
     cache_dir: where the index is kept (None: made anew each time). bad: where bad samples are counted and listed.
     strict: raise SampleError, with file and line, instead of skipping. verify_images: decode every picture for the index.
     augment_seed: compress every tile as JPEG once, quality by this seed and the sample's index (`images.recompress`); None: don't.
     progress: called now and then while indexing with (bytes done, bytes in all).
-    Raises ValueError if the file or the root does not exist.
+    Raises ValueError if the file or the root does not exist, or a tar shard is damaged.
     """
 
     def __init__(
@@ -110,11 +111,15 @@ class JsonlSource:
         self._lock = threading.RLock()
         if not self.path.is_file():
             raise ValueError(f"the data file {self.path} does not exist; correct the path.")
-        if not self.image_root.is_dir():
-            raise ValueError(f"the image root {self.image_root} of {self.path} is not a folder; correct the path.")
+        self.pictures: Pictures = open_pictures(self.image_root)
 
     def __len__(self) -> int:
         return len(self.index.offsets)
+
+    @property
+    def rejected(self) -> int:
+        """How many samples were found bad when the index was made."""
+        return len(self.index.bad)
 
     def length(self, index: int) -> tuple[int, int]:
         tokens, tiles = self.index.lengths[index]
@@ -149,8 +154,7 @@ class JsonlSource:
 
     def _tiles(self, record: Record, index: int) -> list[np.ndarray]:
         tiling = self.encoding.tiling.for_images(len(record.images))
-        paths = [resolve_image_path(self.image_root, name) for name in record.images]
-        tiles = [tile_image(load_image(path, self._max_pixels), tiling) for path in paths]
+        tiles = [tile_image(self.pictures.load(name, self._max_pixels), tiling) for name in record.images]
         planned = int(self.index.lengths[index, 1])
         if sum(map(len, tiles)) != planned:
             raise SampleError(f"a picture changed its size after indexing ({sum(map(len, tiles))} tiles, {planned} planned); index again.")
@@ -240,11 +244,10 @@ class JsonlSource:
         return _Index(table[:, 0].copy(), table[:, 1].copy(), table[:, 2].copy(), table[:, 3:].astype(np.int32), bad)
 
     def _measure(self, record: Record) -> tuple[int, int]:
-        paths = [resolve_image_path(self.image_root, name) for name in record.images]
         if self._verify:
-            sizes = [load_image(path, self._max_pixels).size for path in paths]
+            sizes = [self.pictures.load(name, self._max_pixels).size for name in record.images]
         else:
-            sizes = [image_size(path, self._max_pixels) for path in paths]
+            sizes = [self.pictures.size(name, self._max_pixels) for name in record.images]
         tiles = tiles_per_image(sizes, self.encoding.tiling)
         return len(self.encoding.encode(record.turns, tiles).ids), sum(tiles)
 

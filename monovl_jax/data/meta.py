@@ -2,10 +2,12 @@
 
     {"street": {"root": "pictures/", "annotation": "street.jsonl", "data_augment": false, "repeat_time": 1, "max_dynamic_patch": 6}}
 
-root: folder of the pictures (by default that of the annotation). annotation: a JSONL file (`data.jsonl`). Paths are relative to the folder
-of META.json. repeat_time: below 1 only the first part of the samples is used, a whole number repeats them. max_dynamic_patch: most tiles of
-a picture, thumbnail not counted (by default the model's). data_augment: compress every tile as JPEG once. length: how many lines the
-annotation has, for people. Source: Mono-InternVL internvl/train/finetune.py:585-640 (build_datasets); spec 5.3.
+root: folder of the pictures (by default that of the annotation), or tar shards (`data.pictures`). annotation: a JSONL file
+(`data.jsonl`). Paths are relative to the folder of META.json. repeat_time: below 1 only the first part of the samples is used, a whole
+number repeats them. max_dynamic_patch: most tiles of a picture, thumbnail not counted (by default the model's). data_augment: compress
+every tile as JPEG once. length: how many lines the annotation has, for people. `"prepared": FOLDER` stands in place of root and annotation
+for samples that `monovl data prepare` has written (`data.shards`). A folder given as META.json stands for the META.json in it.
+Source: Mono-InternVL internvl/train/finetune.py:585-640 (build_datasets); spec 5.3.
 """
 
 from __future__ import annotations
@@ -16,19 +18,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from monovl_jax.data.pictures import is_tar_root, tar_shards
+
 EVERYTHING = "*"
 """In a stage's mixture: all data sets that it does not name."""
 
-_FIELDS = ("root", "annotation", "data_augment", "repeat_time", "max_dynamic_patch", "length")
+META, MANIFEST = "META.json", "manifest.json"
+
+_FIELDS = ("root", "annotation", "prepared", "data_augment", "repeat_time", "max_dynamic_patch", "length")
 
 
 class MetaError(ValueError):
-    """A META.json that cannot be used; the message names file, data set, field and mend."""
+    """A META.json, or a prepared folder, that cannot be used; the message names file, data set, field and mend."""
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """One entry. Paths are absolute or relative to the working directory; see the top of this file for the other fields."""
+    """One entry. Paths are absolute or relative to the working directory; see the top of this file for the other fields.
+
+    prepared: annotation is the manifest of a prepared folder, root that folder.
+    """
 
     name: str
     root: Path
@@ -37,6 +46,7 @@ class DataSet:
     repeat_time: float = 1
     max_dynamic_patch: int | None = None
     length: int | None = None
+    prepared: bool = False
 
     def used(self, samples: int) -> int:
         """How many of `samples` good ones repeat_time leaves."""
@@ -70,6 +80,7 @@ def file_digest(path: str | Path, blocks: int = 64, block_bytes: int = 1 << 16) 
 def read_meta(path: str | Path) -> dict[str, DataSet]:
     """The data sets of a META.json by name. Raises MetaError for a file that is not so, an unknown field, or a path that leads nowhere."""
     path = Path(path)
+    path = path / META if path.is_dir() else path
     try:
         raw = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -92,13 +103,23 @@ def _data_set(path: Path, name: str, entry: Any) -> DataSet:
     require(isinstance(entry, dict), f" is a JSON {type(entry).__name__}; write an object with root and annotation")
     unknown = sorted(set(entry) - set(_FIELDS))
     require(not unknown, f" has the unknown field {unknown[0] if unknown else ''!r}; the fields are {', '.join(_FIELDS)}")
-    annotation, root = entry.get("annotation"), entry.get("root")
+    annotation, root, prepared = entry.get("annotation"), entry.get("root"), entry.get("prepared")
+    for field, value in (("annotation", annotation), ("root", root), ("prepared", prepared)):
+        bucket = isinstance(value, str) and "://" in value
+        require(not bucket, f": {field} is {value!r}; data is read from files, so mount the bucket or copy it and give the path")
+    if prepared is not None:
+        require(isinstance(prepared, str) and prepared != "", f": prepared is {prepared!r}; give a folder that `monovl data prepare` made")
+        require(annotation is None and root is None, " has prepared beside annotation or root; keep the one or the other")
+        manifest = path.parent / prepared / MANIFEST
+        require(manifest.is_file(), f": {manifest} does not exist; run `monovl data prepare` to its end, or correct the path")
+        annotation, root = f"{prepared}/{MANIFEST}", prepared
     require(isinstance(annotation, str) and annotation != "", f": annotation is {annotation!r}; give the path of a JSONL file")
     require(root is None or isinstance(root, str), f": root is {root!r}; give the path of a folder")
     file = path.parent / str(annotation)
     require(file.is_file(), f": the annotation {file} does not exist; paths are relative to the folder of {path.name}")
     folder = file.parent if root is None else path.parent / root
-    require(folder.is_dir(), f": the root {folder} is not a folder; paths are relative to the folder of {path.name}")
+    there = bool(tar_shards(folder)) if is_tar_root(folder) else folder.is_dir()
+    require(there, f": the root {folder} is not a folder, nor tar files that exist; paths are relative to the folder of {path.name}")
 
     augment = entry.get("data_augment", False)
     require(isinstance(augment, bool), f": data_augment is {augment!r}; write true or false")
@@ -109,7 +130,7 @@ def _data_set(path: Path, name: str, entry: Any) -> DataSet:
         value = entry.get(field)
         whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
         require(value is None or whole, f": {field} is {value!r}; give a whole number of at least 1")
-    return DataSet(name, folder, file, augment, repeat, entry.get("max_dynamic_patch"), entry.get("length"))
+    return DataSet(name, folder, file, augment, repeat, entry.get("max_dynamic_patch"), entry.get("length"), prepared is not None)
 
 
 def shares(mixture: dict[str, float], sizes: dict[str, float]) -> dict[str, float]:

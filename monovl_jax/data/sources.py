@@ -18,7 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
-from monovl_jax.data.chat import ChatTemplate, Encoded, Turn, encode_conversation
+from monovl_jax.data.chat import ChatTemplate, Encoded, Turn, encode_conversation, truncated
 from monovl_jax.data.errors import SampleError
 from monovl_jax.data.packing import Example
 from monovl_jax.data.tiling import TilingConfig, tile_image, tiles_per_image
@@ -125,15 +125,25 @@ class Encoding:
 
     def encode(self, turns: Sequence[Turn], tiles: Sequence[int]) -> Encoded:
         """Ids and mask of a conversation whose pictures have so many tiles. Raises SampleError."""
-        if self.max_tiles is not None and sum(tiles) > self.max_tiles:
-            raise SampleError(
-                f"the sample has {len(tiles)} picture(s) of {sum(tiles)} tiles, a row holds {self.max_tiles}; raise tiles_per_row."
-            )
-        encoded = encode_conversation(turns, self.template, self.tokenizer, tiles, self.visual_tokens_per_tile, self.max_length)
+        self._check_tiles(tiles)
+        whole = encode_conversation(turns, self.template, self.tokenizer, tiles, self.visual_tokens_per_tile)
+        return self.fitted(whole, tiles)
+
+    def fitted(self, encoded: Encoded, tiles: Sequence[int]) -> Encoded:
+        """A whole encoded conversation cut to max_length. Raises SampleError if a picture or every answer would be lost."""
+        self._check_tiles(tiles)
+        if self.max_length is not None and len(encoded.ids) > self.max_length:
+            encoded = truncated(encoded, self.max_length, self.tokenizer)
         if not encoded.supervised[1:].any():
             cut = f" within the first {self.max_length} tokens" if encoded.truncated else ""
             raise SampleError(f"the conversation has no answer to learn from{cut}; give at least one gpt turn with text.")
         return encoded
+
+    def _check_tiles(self, tiles: Sequence[int]) -> None:
+        if self.max_tiles is not None and sum(tiles) > self.max_tiles:
+            raise SampleError(
+                f"the sample has {len(tiles)} picture(s) of {sum(tiles)} tiles, a row holds {self.max_tiles}; raise tiles_per_row."
+            )
 
     def no_tiles(self, count: int = 0) -> np.ndarray:
         """uint8[count, S, S, 3] of zeros."""

@@ -152,9 +152,12 @@ def tile_image(image: Image.Image | np.ndarray, config: TilingConfig) -> np.ndar
             image = _padded_to_square(image, config.normalization)
         return np.asarray(_resized(image, (side, side)))[None]
     cols, rows = choose_grid(*image.size, config.min_tiles, config.max_tiles, side)
-    tiles = _cut(np.asarray(_resized(image, (cols * side, rows * side))), cols, rows, side)
-    if config.use_thumbnail and len(tiles) != 1:
-        tiles = np.concatenate([tiles, np.asarray(_resized(image, (side, side)))[None]])
+    thumbnail = config.use_thumbnail and cols * rows != 1
+    tiles = np.empty((cols * rows + thumbnail, side, side, 3), np.uint8)
+    grid = np.asarray(_resized(image, (cols * side, rows * side))).reshape(rows, side, cols, side, 3)
+    tiles[: cols * rows].reshape(rows, cols, side, side, 3)[...] = grid.swapaxes(1, 2)
+    if thumbnail:
+        tiles[-1] = np.asarray(_resized(image, (side, side)))
     return tiles
 
 

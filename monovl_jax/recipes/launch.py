@@ -28,6 +28,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 import monovl_jax.recipes
@@ -40,7 +41,8 @@ from monovl_jax.data.errors import SampleError
 from monovl_jax.data.jsonl import JsonlSource
 from monovl_jax.data.meta import EVERYTHING, DataSet, MetaError, file_digest, read_meta, shares
 from monovl_jax.data.pipeline import Batch, Part
-from monovl_jax.data.sources import BadSamples, Encoding, First
+from monovl_jax.data.shards import PreparedSource
+from monovl_jax.data.sources import BadSamples, Encoding, First, source_lengths
 from monovl_jax.data.tiling import TilingConfig
 from monovl_jax.data.tokenizer import Tokenizer
 from monovl_jax.model import Ops
@@ -330,7 +332,7 @@ class OwnData:
     say: Say
 
     def __post_init__(self) -> None:
-        self._made: dict[tuple[str, int, int], tuple[JsonlSource, First]] = {}
+        self._made: dict[tuple[str, int, int], tuple[JsonlSource | PreparedSource, First]] = {}
         self.summary: dict[str, list[dict[str, Any]]] = {}
 
     def tiling(self, data: DataSet, tiles: int) -> TilingConfig:
@@ -347,7 +349,7 @@ class OwnData:
             normalization=model.vision.pixel_statistics,
         )
 
-    def source(self, name: str, tokens: int, tiles: int) -> tuple[JsonlSource, First]:
+    def source(self, name: str, tokens: int, tiles: int) -> tuple[JsonlSource | PreparedSource, First]:
         """(all good samples of a data set for rows of this size, the part that repeat_time leaves)."""
         key = (name, tokens, tiles)
         if key not in self._made:
@@ -360,18 +362,18 @@ class OwnData:
                 max_length=tokens,
                 max_tiles=tiles,
             )
-            source = JsonlSource(
-                data.annotation,
-                encoding,
-                image_root=data.root,
-                cache_dir=self.index_dir,
+            common: dict[str, Any] = dict(
                 bad=self.bad,
                 strict=self.strict,
                 verify_images=self.verify_images,
                 augment_seed=self.seed if data.data_augment else None,
-                progress=self._progress(name),
             )
-            good, bad = len(source), len(source.index.bad)
+            if data.prepared:
+                source = PreparedSource(data.root, encoding, **common)
+            else:
+                files: dict[str, Any] = dict(image_root=data.root, cache_dir=self.index_dir, progress=self._progress(name))
+                source = JsonlSource(data.annotation, encoding, **files, **common)
+            good, bad = len(source), source.rejected
             self._made[key] = source, First(source, data.used(good))
             self.say(f"data set {name!r} for rows of {tokens} tokens and {tiles} tiles: {good} good samples, {bad} bad")
             if data.length is not None and data.length != good + bad:
@@ -397,9 +399,9 @@ class OwnData:
         kind = "text" if any(row["rows"] == "main" for row in rows) else "main"
         for name, weight in weights.items():
             every, first = sources[name]
-            lengths = every.index.lengths[: len(first)]
+            lengths = source_lengths(every, np.arange(len(first)))
             mean = lengths.mean(axis=0).round(2).tolist() if len(lengths) else [0.0, 0.0]
-            row = {"rows": kind, "data_set": name, "samples": len(first), "bad": len(every.index.bad)}
+            row = {"rows": kind, "data_set": name, "samples": len(first), "bad": every.rejected}
             rows.append(row | {"share": weight / sum(weights.values()), "mean_tokens": mean[0], "mean_tiles": mean[1]})
         return [Part(sources[name][1], weight, name) for name, weight in weights.items()]
 

@@ -23,7 +23,10 @@ from monovl_jax import cli
 from monovl_jax.config import config_to_json, tiny
 from monovl_jax.data.images import recompress
 from monovl_jax.data.meta import MetaError, read_meta, shares
+from monovl_jax.data.prepare import TextSettings, find_sets
+from monovl_jax.data.prepare import prepare as prepare_data
 from monovl_jax.data.sources import BadSamples
+from monovl_jax.data.tiling import TilingConfig
 from monovl_jax.model import Ops
 from monovl_jax.pretrained import from_pretrained
 from monovl_jax.recipes import launch
@@ -259,6 +262,16 @@ def test_check_trains_nothing(home: Path) -> None:
     code, out, err = command(home, "with_text", run_dir=run, check=True)
     assert code == 0 and not out and "compiling" not in err and not (run / "experiment.json").exists()
     assert "S1.1: the first batch (main rows) holds" in err and "S2: the first batch (text rows) holds" in err
+
+
+def test_prepared_data_is_trained_like_the_files_it_was_made_of(home: Path) -> None:
+    settings = TextSettings(home / "tokenizer", "compact", TilingConfig(32, 1, 6, True), 4)
+    prepare_data(find_sets(home / "meta.json"), home / "prepared", settings, say=lambda text: None)
+    said = [command(home, data=data, check=True, run_dir=home / "runs" / "look") for data in (home / "meta.json", home / "prepared")]
+    lines = [[text for text in err.splitlines() if "first batch" in text or "good samples" in text] for _, _, err in said]
+    assert [code for code, _, _ in said] == [0, 0] and lines[0] == lines[1] and len(lines[0]) >= 4
+    (home / "prepared" / "street" / "shard-00000.npz").unlink()
+    assert "shard-00000.npz is missing" in refused(home, data=home / "prepared")
 
 
 def test_strict_stops_at_the_first_bad_sample(home: Path) -> None:
