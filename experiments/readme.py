@@ -1,13 +1,16 @@
-"""Writes the table of what works into README.md from experiments/results/*.json, so that no number there is typed by hand.
+"""Writes the tables of README.md and docs/kernels.md from experiments/results, so that no number there is typed by hand.
 
-python -m experiments.readme          # after new results; a test fails when README.md is out of date
+python -m experiments.readme          # after new results; a test fails when a page is out of date
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from experiments import kernel_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
@@ -95,11 +98,18 @@ Measured on two CPU cores with jax {demo["jax"]}; the files are in `experiments/
 """
 
 
+PAGES: dict[Path, tuple[str, str, Callable[[], str]]] = {
+    ROOT / "README.md": (BEGIN, END, render),
+    ROOT / "docs" / "kernels.md": (kernel_tables.BEGIN, kernel_tables.END, kernel_tables.render),
+}
+"""The pages with generated blocks: the markers around it, and what stands between them."""
+
+
 def main() -> None:
-    """Replaces the block in README.md."""
-    path = ROOT / "README.md"
-    before, rest = path.read_text(encoding="utf-8").split(BEGIN)
-    path.write_text(before + BEGIN + "\n" + render() + "\n" + END + rest.split(END)[1], encoding="utf-8")
+    """Replaces the blocks."""
+    for path, (begin, end, text) in PAGES.items():
+        before, rest = path.read_text(encoding="utf-8").split(begin)
+        path.write_text(before + begin + "\n" + text() + "\n" + end + rest.split(end)[1], encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import gpu, ragged, reference, tpu, vjp
+from pallas_kernels import ragged, reference, tpu, vjp
 from pallas_kernels.device import device_kind, hopper_cores, tpu_generation
 from pallas_kernels.routing import SMALL, Routing
 from pallas_kernels.xla import Xla
@@ -53,21 +53,26 @@ def _choose(implementation: Implementation | None, x: jax.Array, widths: tuple[i
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"implementation is {implementation!r}; use None or one of {', '.join(map(repr, IMPLEMENTATIONS))}")
     generation, cores = tpu_generation(), hopper_cores()
-    why_not = {
-        "pallas_tpu": tpu.unsupported(generation or "v5e", routing.block_rows, widths, x.dtype),
-        "pallas_gpu": gpu.unsupported(routing.block_rows, widths, x.dtype),
-    }
+    why_not_tpu = tpu.unsupported(generation or "v5e", routing.block_rows, widths, x.dtype)
     if implementation is None:  # pallas_gpu only by name: no GPU has run it yet
-        on_tpu = generation and not why_not["pallas_tpu"]
+        on_tpu = generation and not why_not_tpu
         implementation = "reference" if tokens < SMALL else "pallas_tpu" if on_tpu else "xla"
-    here = {"pallas_tpu": generation, "pallas_gpu": cores}.get(implementation, True)
-    reason = why_not.get(implementation)
+    backend, here, why_not = None, True, None
+    if implementation == "xla":
+        backend = Xla()
+    elif implementation == "pallas_tpu":
+        backend, here, why_not = tpu.Tpu(generation or "v5e", interpret), generation, why_not_tpu
+    elif implementation == "pallas_gpu":
+        try:
+            from pallas_kernels import gpu
+        except ModuleNotFoundError as error:  # jax's own modules for it need more than jax installs
+            raise ValueError(f"{name}: pallas_gpu needs {error.name}; pip install absl-py") from error
+        backend, here, why_not = gpu.Gpu(cores or 2, interpret), cores, gpu.unsupported(routing.block_rows, widths, x.dtype)
     if not here and not interpret:
-        reason = f"this program is traced for {device_kind()!r}; use 'xla', or interpret in a test"
-    if reason:
-        raise ValueError(f"{name}: {implementation} cannot run on x {x.shape}: {reason}")
-    backends = {"xla": Xla(), "pallas_tpu": tpu.Tpu(generation or "v5e", interpret), "pallas_gpu": gpu.Gpu(cores or 2, interpret)}
-    return implementation, backends.get(implementation)
+        why_not = f"this program is traced for {device_kind()!r}; use 'xla', or interpret in a test"
+    if why_not:
+        raise ValueError(f"{name}: {implementation} cannot run on x {x.shape}: {why_not}")
+    return implementation, backend
 
 
 def routed_linear(

@@ -1,15 +1,13 @@
 """What the routed SwiGLU costs against its floor, one dense SwiGLU of the same token count.
 
     python -m pallas_kernels.benchmark [--tokens 4096] [--width 2048] [--inner 8192] [--dtype bfloat16] [--out times.json]
-    python -m pallas_kernels.benchmark --static v6e:2x2 [--tokens 4096] [--out cycles.json]
+    python -m pallas_kernels.benchmark --static v6e:2x2 [--tokens 4096] [--out cycles.json]       # the estimate of aot_tpu.py
     python -m pallas_kernels.benchmark --aot h100 [--tokens 4096] [--out gpu_aot.json]    # the report of aot_gpu.py
 
-The first times every implementation that runs on this machine's device, forward and forward + backward with the first expert frozen, over
-shares of visual tokens; each is timed in turn with the others and the median counts. With --out it also draws the ratios, as a PNG beside
-the JSON, which needs matplotlib. The second needs libtpu and no TPU: it prints the compiler's cycle estimate for half visual tokens, less
-one, so that both experts end in a partly filled tile. That estimate knows no
-contention for memory, so a kernel counts with the larger of the estimate and the time its bytes take at the chip's bandwidth. The floor is
-the smaller of two dense layers: what XLA estimates for its matmuls compiled one by one, and for the layer compiled as a whole.
+The first times, on this machine's device, every implementation that runs there and grouped matmuls that are not ours (megablox on a TPU,
+tokamax where it is installed): forward, and forward + backward with the text expert frozen and with both trained, over shares of visual
+tokens. Each is timed in turn with the others, in both orders, and the median counts; routing is part of what is timed. With --out it also
+draws the ratios, as a PNG beside the JSON, which needs matplotlib. The others need no device (libtpu; the extra `aot-cuda`).
 """
 
 from __future__ import annotations
@@ -18,37 +16,29 @@ import argparse
 import collections
 import datetime
 import functools
-import glob
-import importlib.metadata
 import json
-import os
-import re
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
-from jax.extend.core import ClosedJaxpr, Var
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pallas_kernels import aot_gpu, make_routing, reference, routed_swiglu, tpu
+from pallas_kernels import aot_gpu, aot_tpu, make_routing, ragged, reference, routed_swiglu
 from pallas_kernels.api import IMPLEMENTATIONS
 from pallas_kernels.device import device_kind, hopper_cores, tpu_generation
-from pallas_kernels.routing import TPU_ROWS
-from pallas_kernels.vjp import to_slots, to_tokens
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
-CHIPS = {"v5e": (1.5e9, 819e9), "v5p": (1.75e9, 2765e9), "v6e": (1.75e9, 1640e9)}
-"""Clock in Hz, inferred from the published peak, and memory bandwidth in bytes per second."""
-CASE_SECONDS = 400
-LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+PEAKS = {
+    "v5e": (197e12, 819e9),
+    "v5p": (459e12, 2765e9),
+    "v6e": (918e12, 1640e9),
+    "NVIDIA H100 80GB HBM3": (989e12, 3352e9),
+    "NVIDIA H200": (989e12, 4800e9),
+}
+"""bfloat16 operations and bytes of memory per second, from the data sheets."""
 
 
 def with_gradient(f: Callable[..., jax.Array]) -> Callable[..., Any]:
@@ -65,11 +55,42 @@ def dense(x: jax.Array, weights: Any) -> jax.Array:
     return reference.swiglu(x, *weights)
 
 
-# ---- times on this device ------------------------------------------------------------------------------------------------------------
+PASSES = ("forward", "forward + backward, text frozen", "forward + backward")
 
 
-def measure(tokens: int, width: int, inner: int, dtype: str, rounds: int) -> list[dict[str, Any]]:
-    """One record per share, implementation and pass: seconds (median) and the ratio to the dense floor of the same pass."""
+def needed(tokens: int, width: int, inner: int, itemsize: int, used: int, trained: Sequence[float] | None = None) -> tuple[float, float]:
+    """Operations, and bytes moved if everything went to memory and back once: what no implementation can do without.
+
+    used: how many experts have tokens; the others are not read. trained: of each trained expert, its share of the tokens; None for the
+    forward pass alone.
+    """
+    layer, weights = 2 * tokens * width * inner, 3 * width * inner
+    if trained is None:
+        return 3.0 * layer, float(itemsize * (2 * tokens * width + used * weights))
+    rows = 4 * tokens * width + 4 * tokens * inner  # x, dy, y, dx; gate and up written and read
+    return (6 + 3 * sum(trained)) * layer, float(itemsize * (rows + (2 * used + len(trained)) * weights))
+
+
+def implementations(dtype: str) -> dict[str, Callable[..., jax.Array]]:
+    """(x, (text, visual), expert) -> y, by name: the floor, all of ours that run here, and others'."""
+    here = {"pallas_tpu": tpu_generation(), "pallas_gpu": hopper_cores() and dtype == "bfloat16"}
+
+    def ours(x, experts, expert, name):
+        return routed_swiglu(x, experts, make_routing(expert), name)
+
+    def theirs(x, experts, expert, dot):
+        return ragged.routed_swiglu(x, experts, make_routing(expert), dot)
+
+    return {
+        "dense": lambda x, experts, expert: dense(x, experts[1]),
+        **{name: functools.partial(ours, name=name) for name in IMPLEMENTATIONS if here.get(name, True)},
+        **{name: functools.partial(theirs, dot=dot) for name, dot in ragged.others().items()},
+    }
+
+
+def measure(tokens: int, width: int, inner: int, dtype: str, rounds: int) -> dict[str, Any]:
+    """The device, the sizes and, under 'records', per share, implementation and pass: seconds (median), ratio to the dense floor of that
+    pass, and the shares of the device's peaks in operations and bytes, None where these are not known."""
     rng = np.random.default_rng(0)
 
     def array(*shape: int) -> jax.Array:
@@ -77,43 +98,68 @@ def measure(tokens: int, width: int, inner: int, dtype: str, rounds: int) -> lis
 
     x, dy = array(tokens, width), array(tokens, width)
     text, visual = ((array(width, inner), array(width, inner), array(inner, width)) for _ in range(2))
-    here = {"pallas_tpu": tpu_generation(), "pallas_gpu": hopper_cores() and dtype == "bfloat16"}
-    names = [i for i in IMPLEMENTATIONS if here.get(i, True)]
+    # one program for all shares: how many tokens an expert has is known at run time
+    programs: dict[tuple[str, str], Any] = {}
+    for name, f in implementations(dtype).items():
+        programs[name, PASSES[0]] = jax.jit(lambda x, text, visual, dy, expert, f=f: f(x, (text, visual), expert))
+        frozen = with_gradient(lambda x, visual, text, expert, f=f: f(x, (text, visual), expert))
+        programs[name, PASSES[1]] = jax.jit(lambda x, text, visual, dy, expert, run=frozen: run(x, visual, dy, text, expert))
+        if name != "dense":
+            programs[name, PASSES[2]] = jax.jit(lambda x, text, visual, dy, expert, f=f: with_gradient(f)(x, (text, visual), dy, expert))
+    peaks = PEAKS.get(tpu_generation() or device_kind()) if dtype == "bfloat16" else None
     records = []
     for share in SHARES:
         expert = jnp.asarray(rng.permutation(np.arange(tokens) < share * tokens), jnp.int32)
-        runs: dict[tuple[str, str], Callable[[], Any]] = {}
-        for name in ["dense", *names]:
-
-            def forward(x, visual, text, expert, name=name):
-                if name == "dense":
-                    return dense(x, visual)
-                return routed_swiglu(x, (text, visual), make_routing(expert), name)  # type: ignore[arg-type]
-
-            one, both = jax.jit(forward), jax.jit(with_gradient(forward))
-            runs[name, "forward"] = lambda one=one, expert=expert: one(x, visual, text, expert)
-            runs[name, "forward + backward"] = lambda both=both, expert=expert: both(x, visual, dy, text, expert)
         times = collections.defaultdict(list)
         for turn in range(rounds + 1):
-            order = list(runs) if turn % 2 else list(runs)[::-1]
-            for key in order:
+            for key in list(programs)[:: 1 if turn % 2 else -1]:
                 start = time.perf_counter()
-                jax.block_until_ready(runs[key]())
+                jax.block_until_ready(programs[key](x, text, visual, dy, expert))
                 if turn:  # the first compiles
                     times[key].append(time.perf_counter() - start)
+        times["dense", PASSES[2]] = times["dense", PASSES[1]]
         for (name, what), taken in times.items():
             seconds, floor = float(np.median(taken)), float(np.median(times["dense", what]))
-            records.append({"share": share, "implementation": name, "pass": what, "seconds": seconds, "ratio": seconds / floor})
-    return records
+            trained = {PASSES[0]: None, PASSES[1]: (share,), PASSES[2]: (share, 1 - share)}[what]
+            if name == "dense" and trained:
+                trained = (1.0,)
+            used = 1 if name == "dense" or share in (0, 1) else 2
+            work = needed(tokens, width, inner, x.dtype.itemsize, used, trained)
+            of_peak = [w / seconds / peak for w, peak in zip(work, peaks, strict=True)] if peaks else [None, None]
+            records.append(
+                {
+                    "share": share,
+                    "implementation": name,
+                    "pass": what,
+                    "seconds": seconds,
+                    "ratio": seconds / floor,
+                    "of matmul peak": of_peak[0],
+                    "of bandwidth": of_peak[1],
+                }
+            )
+    sizes = {"tokens": tokens, "width": width, "inner": inner, "dtype": dtype}
+    about = {"device": device_kind(), "jax": jax.__version__, "date": str(datetime.date.today()), "rounds": rounds}
+    return {**about, **sizes, "records": records}
 
 
-def draw(records: list[dict[str, Any]], title: str, path: Path) -> None:
+def table(result: dict[str, Any]) -> str:
+    """The records of `measure`, a line each."""
+    lines = ["{device}, {tokens} tokens, {width} -> {inner}, {dtype}; ratio to the dense SwiGLU of the same run".format(**result)]
+    for r in result["records"]:
+        peaks = [f"{r[of]:6.1%} {of}" for of in ("of matmul peak", "of bandwidth") if r[of] is not None]
+        times = f"{1e3 * r['seconds']:10.3f} ms  {r['ratio']:6.2f}  {'  '.join(peaks)}".rstrip()
+        lines.append(f"{r['share']:5.0%} visual  {r['implementation']:12} {r['pass']:32} {times}")
+    return "\n".join(lines)
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
     """The ratios over the share of visual tokens as a PNG, a panel for each pass and a line for each implementation."""
     from matplotlib.figure import Figure
 
+    records = result["records"]
     passes = list(dict.fromkeys(r["pass"] for r in records))
     figure = Figure(figsize=(5 * len(passes), 4), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle("{device}, {tokens} tokens, {width} -> {inner}, {dtype}".format(**result))
     for axes, what in zip(figure.subplots(1, len(passes), squeeze=False)[0], passes, strict=True):
         for name in dict.fromkeys(r["implementation"] for r in records):
             mine = [r for r in records if (r["pass"], r["implementation"]) == (what, name)]
@@ -123,162 +169,6 @@ def draw(records: list[dict[str, Any]], title: str, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-# ---- cycles without a device ---------------------------------------------------------------------------------------------------------
-
-
-def compile_for(topology: str, f: Callable[..., Any], *args: Any) -> Any:
-    """f compiled for one chip of a TPU topology such as 'v5e:2x2', on any machine with libtpu. args: ShapeDtypeStructs in pytrees."""
-    os.environ.update(LIBTPU)
-    chips = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    mesh = Mesh(np.array(chips[:1]), ("chip",))
-    args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, PartitionSpec())), args)
-    whole = jax.shard_map(f, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
-    return jax.jit(whole).trace(*args).lower().compile()
-
-
-def bytes_of_kernels(f: Callable[..., Any], *args: Any) -> collections.Counter[str]:
-    """The bytes each named Pallas kernel of f declares to move, without those whose results f does not use: XLA drops them too."""
-    found: collections.Counter[str] = collections.Counter()
-
-    def walk(jaxpr: Any) -> None:
-        live = {v for v in jaxpr.outvars if isinstance(v, Var)}
-        for eqn in reversed(jaxpr.eqns):
-            if live.isdisjoint(eqn.outvars):
-                continue
-            live.update(v for v in eqn.invars if isinstance(v, Var))
-            if eqn.primitive.name == "pallas_call":
-                found[eqn.params["name"]] += eqn.params["cost_estimate"].bytes_accessed
-            else:
-                for inner in eqn.params.values():
-                    if isinstance(inner, ClosedJaxpr):
-                        walk(inner.jaxpr)
-
-    walk(jax.make_jaxpr(f)(*args).jaxpr)
-    return found
-
-
-def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def kernel_cases(generation: str, tokens: int, width: int, inner: int) -> dict[str, tuple[Callable[..., Any], tuple]]:
-    """What is profiled, each alone, with its operands as parameters of the program. bfloat16."""
-    multiple = min(TPU_ROWS[generation], tokens // 4)
-    backend = tpu.Tpu(generation, counts=(tokens // 2 - 1, tokens // 2 + 1))
-    x, weights = array(tokens, width), (array(width, inner), array(width, inner), array(inner, width))
-    routing = jax.eval_shape(lambda e: make_routing(e, row_multiple=multiple), array(tokens, dtype=jnp.int32))
-    slots = routing.source.shape[0]
-    rows, hidden, experts = array(slots, width), array(slots, inner), (weights, weights)
-
-    def backward(*args: Any) -> Any:
-        dx, (_, visual) = backend.swiglu_bwd(*args)
-        return dx, visual
-
-    return {
-        "forward": (backend.swiglu, (rows, experts, routing)),
-        "forward, gate and up saved": (backend.swiglu_fwd, (rows, experts, routing)),
-        "recomputed gate and up": (lambda *a: backend.swiglu_fwd(*a)[1:], (rows, experts, routing)),
-        "backward, text frozen": (backward, (rows, hidden, hidden, rows, experts, routing)),
-        "permutation": (lambda x, y, routing: (to_slots(x, routing), to_tokens(y, routing)), (x, rows, routing)),
-        "routing": (lambda expert: make_routing(expert, row_multiple=multiple), (array(tokens, dtype=jnp.int32),)),
-    }
-
-
-def profile(topology: str, case: str, tokens: int, width: int, inner: int) -> dict[str, Any]:
-    """Cycles of each operation of one case. libtpu reads its flags once: a process profiles one case."""
-    generation = topology.split(":")[0]
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_static_llo_profile_to={folder}"
-        f, args = kernel_cases(generation, tokens, width, inner)[case]
-        if not (generation == "v5e" and case == "permutation"):  # there the estimator aborts on gathers: bandwidth alone counts
-            compile_for(topology, f, *args)
-        cycles: collections.Counter[str] = collections.Counter()
-        for path in glob.glob(f"{folder}/*"):
-            for name, count in re.findall(r'hlo_op_name: "([^"]+)"\s+estimated_cycles: (\d+)', Path(path).read_text("utf-8")):
-                cycles[re.sub(r"[.\d]+$", "", name)] += int(count)
-    clock, bandwidth = CHIPS[generation]
-    bound = bytes_of_kernels(f, *args)
-    if case == "permutation":  # rows in and out, twice
-        bound["permutation"] = 2 * 2 * (args[0].size + args[1].size)
-        cycles = collections.Counter({"permutation": sum(cycles.values())})
-    elif case != "routing":  # what is copied around a kernel that is compiled alone is no part of it
-        cycles = collections.Counter({name: count for name, count in cycles.items() if name.startswith("routed_")})
-    return {name: max(float(count), bound[name] * clock / bandwidth) for name, count in cycles.items()}
-
-
-def dense_floor(topology: str, tokens: int, width: int, inner: int) -> dict[str, float]:
-    """XLA's own estimate of the dense layer's passes, the smaller of matmuls compiled one by one and of the layer as a whole."""
-    x, h, wide, tall = array(tokens, width), array(tokens, inner), array(width, inner), array(inner, width)
-
-    def estimate(f: Callable[..., Any], *args: Any) -> float:
-        text = compile_for(topology, f, *args).as_text()
-        return float(sum(int(c) for c in re.findall(r'"estimated_cycles":"(\d+)"', text)))
-
-    up, down = estimate(jnp.dot, x, wide), estimate(jnp.dot, h, tall)
-    to_h, to_x = (estimate(lambda a, w: a @ w.T, *args) for args in ((x, tall), (h, wide)))
-    dup, ddown = (estimate(lambda a, b: a.T @ b, *args) for args in ((x, h), (h, x)))
-    weights = (wide, wide, tall)
-    whole = estimate(dense, x, weights), estimate(with_gradient(dense), x, weights, x)
-    remat = estimate(with_gradient(jax.checkpoint(dense)), x, weights, x)
-    forward, backward = 2 * up + down, to_h + 2 * to_x + 2 * dup + ddown
-    return {
-        "dense forward": min(forward, whole[0]),
-        "dense forward + backward": min(forward + backward, whole[1]),
-        "dense under full remat": min(forward + 2 * up + backward, remat),
-        "dense forward, as one program": whole[0],
-        "dense forward + backward, as one program": whole[1],
-    }
-
-
-def static(topology: str, tokens: int, width: int, inner: int) -> dict[str, Any]:
-    """The floor and `profile` of every case, each in a process of its own that is given CASE_SECONDS."""
-    sizes = ["--tokens", str(tokens), "--width", str(width), "--inner", str(inner)]
-    result: dict[str, Any] = {}
-    for case in ("floor", *kernel_cases(topology.split(":")[0], tokens, width, inner)):
-        command = [sys.executable, "-m", "pallas_kernels.benchmark", "--static", topology, "--case", case, *sizes]
-        print(f"{topology}, {tokens} tokens: {case}", file=sys.stderr, flush=True)
-        try:
-            child = subprocess.run(
-                command, capture_output=True, text=True, timeout=CASE_SECONDS, env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=False
-            )
-        except subprocess.TimeoutExpired:
-            result[case] = f"no estimate within {CASE_SECONDS} s"
-            continue
-        result[case] = json.loads(child.stdout.splitlines()[-1]) if child.returncode == 0 else f"no estimate: {child.stderr.strip()[-300:]}"
-    return result
-
-
-def ratios(result: dict[str, Any]) -> dict[str, float]:
-    """Each pass over its dense floor: the kernels alone, and with routing and permutation. What has no estimate is left out."""
-    total = {case: sum(r.values()) for case, r in result.items() if isinstance(r, dict)}
-    floor = result["floor"]
-    if isinstance(floor, str):
-        return {}
-    around = total.get("permutation", 0.0) + total.get("routing", 0.0)  # a word in place of a figure says that it is left out
-    passes = {
-        "forward": (("forward",), 1, floor["dense forward"]),
-        "forward, gate and up saved": (("forward, gate and up saved",), 1, floor["dense forward"]),
-        "backward, text frozen": (("backward, text frozen",), 1, floor["dense forward + backward"] - floor["dense forward"]),
-        "forward + backward, text frozen": (
-            ("forward, gate and up saved", "backward, text frozen"),
-            2,
-            floor["dense forward + backward"],
-        ),
-        "the same under full remat": (
-            ("forward, gate and up saved", "recomputed gate and up", "backward, text frozen"),
-            3,
-            floor["dense under full remat"],
-        ),
-    }
-    table = {}
-    for name, (parts, permutations, dense_cycles) in passes.items():
-        if all(part in total for part in parts):
-            kernels = sum(total[part] for part in parts)
-            table[f"{name}: kernels"] = round(kernels / dense_cycles, 3)
-            table[f"{name}: all"] = round((kernels + permutations * around) / dense_cycles, 3)
-    return table
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=4096)
@@ -286,43 +176,31 @@ def main() -> None:
     parser.add_argument("--inner", type=int, default=8192)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--static", metavar="TOPOLOGY", help="v5e:2x2, v5p:2x2x1 or v6e:2x2")
+    parser.add_argument("--static", metavar="TOPOLOGY", help="v5e:2x2, v5p:2x2x1 or v6e:2x2: cycles by the compiler; needs no TPU")
     parser.add_argument("--aot", choices=("h100",), help="registers, spills and shared memory of the GPU kernels; needs no GPU")
-    parser.add_argument("--case", help="profile this one alone, in this process")
+    parser.add_argument("--case", help="with --static: profile this one alone, in this process")
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     a = parser.parse_args()
     if a.aot:
         aot_gpu.show(a.tokens, a.width, a.inner, a.dtype, a.out)
         return
-    if a.static and a.static.split(":")[0] not in CHIPS:
-        parser.error(f"--static {a.static}: the chip must be one of {', '.join(CHIPS)}, as in v5e:2x2")
+    if a.static and a.static.split(":")[0] not in aot_tpu.CHIPS:
+        parser.error(f"--static {a.static}: the chip must be one of {', '.join(aot_tpu.CHIPS)}, as in v5e:2x2")
     if a.case:
-        f = dense_floor if a.case == "floor" else functools.partial(profile, case=a.case)
+        f = aot_tpu.dense_floor if a.case == "floor" else functools.partial(aot_tpu.profile, case=a.case)
         print(json.dumps(f(a.static, tokens=a.tokens, width=a.width, inner=a.inner)))
         return
-    sizes = f"{a.tokens} tokens, {a.width} -> {a.inner}, {a.dtype}"
     if a.static:
-        cycles = static(a.static, a.tokens, a.width, a.inner)
-        versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
-        shape = {"tokens": a.tokens, "width": a.width, "inner": a.inner, "dtype": "bfloat16", "visual share": 0.5}
-        result: Any = {
-            "topology": a.static,
-            **shape,
-            **versions,
-            "date": str(datetime.date.today()),
-            "ratios": ratios(cycles),
-            "cycles": cycles,
-        }
+        result = aot_tpu.report(a.static, a.tokens, a.width, a.inner)
         print(json.dumps(result, indent=1))
     else:
         result = measure(a.tokens, a.width, a.inner, a.dtype, a.rounds)
-        print(f"{device_kind()}, {sizes}; ratio to the dense SwiGLU of the same run")
-        for r in result:
-            print(f"{r['share']:5.0%} visual  {r['implementation']:12} {r['pass']:20} {1e3 * r['seconds']:10.3f} ms  {r['ratio']:6.2f}")
+        print(table(result))
     if a.out:
+        a.out.parent.mkdir(parents=True, exist_ok=True)
         a.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
         if not a.static:
-            draw(result, f"{device_kind()}, {sizes}", a.out.with_suffix(".png"))
+            draw(result, a.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

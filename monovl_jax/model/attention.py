@@ -24,14 +24,15 @@ PIECES, SMALLEST_PIECE = 8, 64
 """Of `packed_causal_attention`."""
 
 SPLASH_TILE = 128
-"""Rows of a packed batch that a TPU's fused attention needs a multiple of."""
+"""Tokens of a row that a TPU's fused attention works on at a time."""
 
 
 def attention(
     q: Float[Array, "b t k g e"], k: Float[Array, "b t k e"], v: Float[Array, "b t k e"], segments: Int[Array, "b t"]
 ) -> Float[Array, "b t k g e"]:
-    """What fits the device that the program is traced for: `splash_attention` on a TPU, `packed_causal_attention` elsewhere."""
-    if tpu_generation() and q.shape[1] % SPLASH_TILE == 0:
+    """What fits the device that the program is traced for: `splash_attention` on a TPU for rows of at least a tile of it,
+    `packed_causal_attention` elsewhere."""
+    if tpu_generation() and q.shape[1] >= SPLASH_TILE:
         return splash_attention(q, k, v, segments)
     return packed_causal_attention(q, k, v, segments)
 
@@ -45,14 +46,15 @@ def splash_attention(
 ) -> Float[Array, "b t k g e"]:
     """`packed_causal_attention` as JAX's fused TPU kernel, which reads segment numbers and never writes scores to memory.
 
+    Rows are filled up to whole tiles with padding, which no earlier token sees and which is cut off again.
+
     Args:
       interpret: runs the kernel without a TPU, for tests.
-
-    Raises ValueError when T is no multiple of SPLASH_TILE.
     """
-    b, t, kv_heads, group, e = q.shape
-    if t % SPLASH_TILE:
-        raise ValueError(f"splash_attention: rows have {t} tokens; make them a multiple of {SPLASH_TILE}")
+    b, tokens, kv_heads, group, e = q.shape
+    if rest := -tokens % SPLASH_TILE:
+        q, k, v, segments = (jnp.pad(x, [(0, 0), (0, rest), *[(0, 0)] * (x.ndim - 2)]) for x in (q, k, v, segments))
+    t = tokens + rest
     mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((t, t))] * (kv_heads * group))
     kernel = splash_attention_kernel.make_splash_mha(mask, head_shards=1, q_seq_shards=1, interpret=interpret)
 
@@ -65,7 +67,7 @@ def splash_attention(
         return out
 
     out = jax.vmap(one)(by_row(q * e**-0.5), by_row(k), by_row(v), segments)
-    return out.transpose(0, 2, 1, 3).reshape(q.shape).astype(q.dtype)
+    return out.transpose(0, 2, 1, 3).reshape(q.shape)[:, :tokens].astype(q.dtype)
 
 
 def packed_causal_attention(

@@ -47,7 +47,14 @@ CHIPS: dict[str, Chip] = {
     "v5p": Chip(int(95.74 * 2**30), 2765e9, 90e9, 4),
     "v6e": Chip(int(31.25 * 2**30), 1640e9, 90e9, 16),
 }
-"""By generation. hbm is what libtpu names in its refusals; bandwidth from Google's Cloud TPU pages; links from "How to scale your model"."""
+"""By generation. hbm is what libtpu names in its refusals; bandwidth from Google's Cloud TPU pages; links from
+"How to scale your model"."""
+
+FILL = 0.95
+"""Share of the HBM that the formula may fill when it chooses micro-batches."""
+
+SORTED_ROWS = 512
+"""Rows by which tokens sorted by expert are padded, about."""
 
 SAVED = {"none": (12, 6), "save_projections": (2, 2), "full": (1, 0)}
 """Numbers that the backward pass keeps per token and layer, as multiples of the hidden size and of the FFN's."""
@@ -84,13 +91,26 @@ def _parameters(model: ModelConfig) -> int:
     return sum(math.prod(leaf.shape) for leaf in flatten(model_structure(model).shapes).values())
 
 
-def working_bytes(model: ModelConfig, stage: Stage, masters: int, remat: str, mesh: Mapping[str, int]) -> int:
-    """A guess at the temporaries of one chip: activations kept, one layer at work, and gradients like the float32 masters."""
-    groups = mesh["data"] * mesh["fsdp"]
-    decoder, rows = model.decoder, stage.batch_size // stage.accumulation // groups
+def working_bytes(
+    model: ModelConfig, stage: Stage, masters: int, batch: int, trained: frozenset[str], remat: str, mesh: Mapping[str, int]
+) -> int:
+    """A guess at the temporaries of one chip: activations kept, a layer and the head at work, gradients like the float32 masters, and a
+    copy of the batch, whose `batch` bytes the compiler lays out anew for the loop over micro-batches."""
+    groups, tensor, decoder = mesh["data"] * mesh["fsdp"], mesh["tensor"], model.decoder
+    rows = stage.batch_size // stage.accumulation // groups
     tokens = rows * stage.sequence_length + stage.text_rows // stage.accumulation // groups * stage.text_length
-    layer = 4 * tokens * (6 * decoder.hidden_size + 4 * decoder.intermediate_size // mesh["tensor"])
-    return saved_bytes(model, tokens, remat, mesh["tensor"]) + layer + masters * (1 if stage.accumulation == 1 else 2) + 2**29
+    at_work = 4 * tokens * (6 * decoder.hidden_size + 4 * decoder.intermediate_size // tensor)
+    shapes = flatten(model_structure(model).shapes)
+    for path, leaf in shapes.items():
+        size = math.prod(leaf.shape) // tensor
+        if path.startswith("decoder/blocks/"):  # gathered while the one before is in use, and its gradient before it is scattered
+            at_work += size // decoder.num_layers * (4 + 4 * (path in trained))
+        elif path in ("decoder/head", "decoder/embedding" if decoder.tie_embeddings else ""):
+            at_work += size * (2 + 8 * (path in trained))
+    pixels = 8 * rows * stage.tiles_per_row * model.vision.grid**2 * model.vision.hidden_size
+    again = stage.accumulation > 1
+    kept = saved_bytes(model, tokens + SORTED_ROWS, remat, tensor)
+    return int(1.08 * (kept + at_work + pixels + masters * (1 + again) + 1.15 * batch * again))
 
 
 def accumulations(stage: Stage, groups: int) -> list[int]:
@@ -108,21 +128,21 @@ def step_counts(model: ModelConfig, stage: Stage) -> dict[str, float]:
 
 
 def recomputed(model: ModelConfig, counts: Mapping[str, float], remat: str) -> float:
-    """FLOPs that the backward pass spends on what the forward pass did: all of the layers, or their attention projections."""
+    """FLOPs that the backward pass spends on what the forward pass did: all of the layers, or their attention."""
     if remat == "none":
         return 0.0
     forward = step_flops(model, frozenset())
     visual = counts["visual_tokens"]
-    layers = forward.text * (counts["tokens"] - visual) + forward.visual * visual
+    layers, scores = forward.text * (counts["tokens"] - visual) + forward.visual * visual, forward.pair * counts["pairs"]
     if remat == "full":
-        return layers + forward.pair * counts["pairs"]
+        return layers + scores
     shapes = flatten(model_structure(model).shapes)
     sizes = {part: sum(math.prod(x.shape) for p, x in shapes.items() if f"/{part}/text/" in p) for part in ("attention", "mlp")}
-    return layers * sizes["attention"] / sum(sizes.values())
+    return layers * sizes["attention"] / sum(sizes.values()) + scores
 
 
 def ring_seconds(row: Collective, link: float, wrapped: bool) -> float:
-    """Of one kind of collective: each byte passes a link once (gather, scatter), twice (all-reduce), or on a share of the way (all-to-all)."""
+    """Of one kind of collective: a byte passes a link once (gather, scatter), twice (all-reduce), or on a share of the way (all-to-all)."""
     share = {"all-reduce": 2.0, "all-to-all": row.size / 4, "collective-permute": 2.0}.get(row.kind, 1.0) * (row.size - 1) / row.size
     return row.bytes * share / (link * (2 if wrapped else 1))
 

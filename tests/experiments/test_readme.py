@@ -1,9 +1,14 @@
-"""Every number in the README's tables comes from a results file."""
+"""Every number in the tables of the README and of docs/kernels.md comes from a results file."""
+
+from pathlib import Path
+
+import pytest
 
 from experiments import readme
 
 
-def test_the_readme_says_what_the_results_say():
-    text = (readme.ROOT / "README.md").read_text(encoding="utf-8")
-    block = text.split(readme.BEGIN)[1].split(readme.END)[0]
-    assert block.strip() == readme.render().strip(), "run `python -m experiments.readme`"
+@pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: page.name)
+def test_the_page_says_what_the_results_say(page: Path):
+    begin, end, render = readme.PAGES[page]
+    block = page.read_text(encoding="utf-8").split(begin)[1].split(end)[0]
+    assert block.strip() == render().strip(), "run `python -m experiments.readme`"

@@ -1,0 +1,103 @@
+"""The measured tables of docs/kernels.md, from experiments/results/kernels/*.json and kernels_cpu.json, beside what was asked of them.
+
+`python -m experiments.readme` writes them; a test fails when the page is out of date.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+BEGIN, END = "<!-- tables: python -m experiments.readme -->", "<!-- end of tables -->"
+CHIPS = ("v5e", "v5p", "v6e")
+TOKENS = (4096, 16384)
+
+BARS = {
+    "forward": {4096: {"v5e": 1.12, "v5p": 1.12, "v6e": 1.18}, 16384: {"v5e": 1.08, "v5p": 1.08, "v6e": 1.12}},
+    "backward, text frozen": {16384: {"v5e": 0.85, "v5p": 0.85, "v6e": 0.95}},
+    "forward + backward, text frozen": {16384: {"v5e": 0.93, "v5p": 0.93, "v6e": 1.0}},
+    "the same under full remat": {16384: {"v5e": 0.93, "v5p": 0.93, "v6e": 1.0}},
+}
+"""The most that a pass may cost, everything counted, as a multiple of the dense layer's."""
+
+CPU_BARS = {"forward": 1.55, "forward + backward, text frozen": 1.3, "forward + backward": 1.3}
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ("---",) * len(head), *rows))
+
+
+def _static(chip: str, tokens: int) -> dict[str, Any]:
+    return json.loads((RESULTS / "kernels" / f"{chip}_{tokens}.json").read_text("utf-8"))
+
+
+def ratios() -> str:
+    """Every pass that has a bar, beside it; what falls short first."""
+    rows = []
+    for name, by_tokens in BARS.items():
+        for tokens, bars in by_tokens.items():
+            for chip, bar in bars.items():
+                found = _static(chip, tokens)["ratios"] if (RESULTS / "kernels" / f"{chip}_{tokens}.json").exists() else {}
+                kernels, everything = found.get(f"{name}: kernels"), found.get(f"{name}: all")
+                if everything is None:
+                    verdict, shown = "no estimate", ("-", "-")
+                else:
+                    verdict, shown = "met" if everything <= bar else "**missed**", (f"{everything:.3f}", f"{kernels:.3f}")
+                rows.append((name, chip, f"{tokens:,}", shown[0], f"{bar:.2f}", verdict, shown[1]))
+    order = ("**missed**", "no estimate", "met")
+    return _table(("pass", "chip", "tokens", "all", "bar", "", "kernels alone"), sorted(rows, key=lambda row: order.index(row[5])))
+
+
+def kernels() -> str:
+    """Cycles and VMEM of every kernel at 4096 tokens."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for column, chip in enumerate(CHIPS):
+        result = _static(chip, 4096)
+        for case, cycles in result["cycles"].items():
+            if case == "floor" or isinstance(cycles, str):
+                continue
+            for kernel, count in cycles.items():
+                cells = found.setdefault((case, kernel), ["-"] * len(CHIPS))
+                vmem = result["vmem"].get(case, {}).get(kernel)
+                cells[column] = f"{count / 1e3:,.0f}" + (f" ({vmem / 2**20:.1f} MiB)" if vmem else "")
+    rows = [(case, f"`{kernel}`" if kernel.startswith("routed") else kernel, *cells) for (case, kernel), cells in found.items()]
+    shown = [row for row in rows if row[0] != "routing"]
+    return _table(("case", "kernel", *CHIPS), shown)
+
+
+def cpu() -> str:
+    """The implementation that a CPU takes and the masked one, over the shares of visual tokens."""
+    result = json.loads((RESULTS / "kernels_cpu.json").read_text("utf-8"))
+    rows = []
+    for what, bar in CPU_BARS.items():
+        for name in ("xla", "reference", "ragged"):
+            cells = [f"{r['ratio']:.2f}" for r in result["records"] if (r["pass"], r["implementation"]) == (what, name)]
+            rows.append((what, f"`{name}`", *cells, f"{bar:.2f} at 75%" if name == "xla" else ""))
+    shares = [f"{share:.0%}" for share in dict.fromkeys(r["share"] for r in result["records"])]
+    return _table(("pass", "", *shares, "bar"), rows)
+
+
+def render() -> str:
+    """The block between the markers."""
+    one, times = _static("v6e", 4096), json.loads((RESULTS / "kernels_cpu.json").read_text("utf-8"))
+    return f"""
+### TPU, estimated
+
+The compiler's cycles at {one["width"]} -> {one["inner"]}, bfloat16, half of the tokens visual, as multiples of the dense layer's
+(jax {one["jax"]}, libtpu {one["libtpu"]}). "All" counts routing and the permutation of rows; "kernels alone" does not.
+
+{ratios()}
+
+Thousands of cycles of each kernel at 4,096 tokens, and the VMEM it takes:
+
+{kernels()}
+
+### CPU, measured
+
+{times["tokens"]} tokens, {times["width"]} -> {times["inner"]}, {times["dtype"]}, two cores (jax {times["jax"]}, {times["date"]}):
+seconds over those of one dense layer in the same run, by share of visual tokens. The counts are known only at run time.
+
+{cpu()}
+"""

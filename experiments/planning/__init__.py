@@ -1,0 +1,1 @@
+"""Tables from `monovl plan`: weak scaling, what delta tuning costs."""

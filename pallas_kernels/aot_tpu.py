@@ -1,0 +1,246 @@
+"""What the routed SwiGLU costs on a TPU by the compiler's own estimate of cycles, on a machine without one (needs libtpu).
+
+    python -m pallas_kernels.benchmark --static v6e:2x2 [--tokens 4096] [--out cycles.json]
+
+Half of the tokens are visual, less one, so that both experts end in a partly filled tile. The estimate knows no contention for memory, so a
+kernel counts with the larger of the estimate and the time its bytes take at the chip's bandwidth. The floor is what the matmuls of the
+dense layer take, compiled one by one.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.extend.core import ClosedJaxpr, Var
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pallas_kernels import make_routing, tpu
+from pallas_kernels.routing import TPU_ROWS
+from pallas_kernels.vjp import to_slots, to_tokens
+
+CHIPS = {"v5e": (1.5e9, 819e9), "v5p": (1.75e9, 2765e9), "v6e": (1.75e9, 1640e9)}
+"""Clock in Hz, inferred from the published peak, and memory bandwidth in bytes per second."""
+CASE_SECONDS = 400
+LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+
+
+def compile_for(topology: str, f: Callable[..., Any], *args: Any) -> Any:
+    """f compiled for one chip of a TPU topology such as 'v5e:2x2', on any machine with libtpu. args: ShapeDtypeStructs in pytrees."""
+    os.environ.update(LIBTPU)
+    chips = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh = Mesh(np.array(chips[:1]), ("chip",))
+    args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, PartitionSpec())), args)
+    whole = jax.shard_map(f, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
+    return jax.jit(whole).trace(*args).lower().compile()
+
+
+def bytes_of_kernels(f: Callable[..., Any], *args: Any) -> collections.Counter[str]:
+    """The bytes each named Pallas kernel of f declares to move, without those whose results f does not use: XLA drops them too."""
+    found: collections.Counter[str] = collections.Counter()
+
+    def walk(jaxpr: Any) -> None:
+        live = {v for v in jaxpr.outvars if isinstance(v, Var)}
+        for eqn in reversed(jaxpr.eqns):
+            if live.isdisjoint(eqn.outvars):
+                continue
+            live.update(v for v in eqn.invars if isinstance(v, Var))
+            if eqn.primitive.name == "pallas_call":
+                found[eqn.params["name"]] += eqn.params["cost_estimate"].bytes_accessed
+            else:
+                for inner in eqn.params.values():
+                    if isinstance(inner, ClosedJaxpr):
+                        walk(inner.jaxpr)
+
+    walk(jax.make_jaxpr(f)(*args).jaxpr)
+    return found
+
+
+def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def kernel_cases(generation: str, tokens: int, width: int, inner: int) -> dict[str, tuple[Callable[..., Any], tuple]]:
+    """What is profiled, each alone, with its operands as parameters of the program. bfloat16."""
+    multiple = min(TPU_ROWS[generation], tokens // 4)
+    backend = tpu.Tpu(generation, counts=(tokens // 2 - 1, tokens // 2 + 1))
+    x, weights = array(tokens, width), (array(width, inner), array(width, inner), array(inner, width))
+    routing = jax.eval_shape(lambda e: make_routing(e, row_multiple=multiple), array(tokens, dtype=jnp.int32))
+    slots = routing.source.shape[0]
+    rows, hidden, experts = array(slots, width), array(slots, inner), (weights, weights)
+
+    def backward(*args: Any) -> Any:
+        dx, (_, visual) = backend.swiglu_bwd(*args)
+        return dx, visual
+
+    return {
+        "forward": (backend.swiglu, (rows, experts, routing)),
+        "forward, gate and up saved": (backend.swiglu_fwd, (rows, experts, routing)),
+        "backward, text frozen": (backward, (rows, hidden, hidden, rows, experts, routing)),
+        "permutation": (lambda x, y, routing: (to_slots(x, routing), to_tokens(y, routing)), (x, rows, routing)),
+        "routing": (lambda expert: make_routing(expert, row_multiple=multiple), (array(tokens, dtype=jnp.int32),)),
+    }
+
+
+def vmem_of_kernels(text: str) -> dict[str, int]:
+    """The bytes of VMEM that each Pallas kernel takes, from a compiled program's text."""
+    found: dict[str, int] = {}
+    for line in text.splitlines():
+        name = re.match(r"\s*(?:ROOT )?%(\S+) = .*custom_call_target=\"tpu_custom_call\"", line)
+        used = re.search(r'"used_scoped_memory_configs":\[\{"memory_space":"1".*?"size":"(\d+)"', line)
+        if name and used:
+            kernel = without_number(name[1])
+            found[kernel] = max(found.get(kernel, 0), int(used[1]))
+    return found
+
+
+@contextlib.contextmanager
+def _profiles() -> Iterator[Path]:
+    """The folder where libtpu writes its estimates, if this comes before its first use in the process."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_static_llo_profile_to={folder}"
+        yield Path(folder)
+
+
+def _cycles(folder: Path) -> collections.Counter[str]:
+    """Cycles of the operations of what was compiled since the last call."""
+    cycles: collections.Counter[str] = collections.Counter()
+    for path in folder.iterdir():
+        for name, count in re.findall(r'hlo_op_name: "([^"]+)"\s+estimated_cycles: (\d+)', path.read_text("utf-8")):
+            cycles[without_number(name)] += int(count)
+        path.unlink()
+    return cycles
+
+
+def without_number(name: str) -> str:
+    """The name that XLA gave to an operation, without what tells it from others of the same name."""
+    return re.sub(r"[.\d]+$", "", name)
+
+
+def profile(topology: str, case: str, tokens: int, width: int, inner: int) -> dict[str, dict[str, float]]:
+    """Cycles of each operation of one case, and the VMEM of its kernels. libtpu reads its flags once: a process profiles one case."""
+    generation = topology.split(":")[0]
+    with _profiles() as folder:
+        f, args = kernel_cases(generation, tokens, width, inner)[case]
+        vmem: dict[str, int] = {}
+        if not (generation == "v5e" and case == "permutation"):  # there the estimator aborts on gathers: bandwidth alone counts
+            program = compile_for(topology, f, *args)
+            if case not in ("permutation", "routing"):  # they have no kernels, and the text of a program with gathers cannot be had
+                vmem = vmem_of_kernels(program.as_text())
+        cycles = _cycles(folder)
+    clock, bandwidth = CHIPS[generation]
+    bound = bytes_of_kernels(f, *args)
+    if case == "permutation":  # rows in and out, twice
+        bound["permutation"] = 2 * 2 * (args[0].size + args[1].size)
+        cycles = collections.Counter({"permutation": sum(cycles.values())})
+    elif case != "routing":  # what is copied around a kernel that is compiled alone is no part of it
+        cycles = collections.Counter({name: count for name, count in cycles.items() if name.startswith("routed_")})
+    return {"cycles": {name: max(float(count), bound[name] * clock / bandwidth) for name, count in cycles.items()}, "vmem": vmem}
+
+
+def dense_floor(topology: str, tokens: int, width: int, inner: int) -> dict[str, float]:
+    """The same estimate of the dense layer's passes: the sum of its matmuls, compiled one by one, as if all else were free.
+
+    XLA's estimate of the layer compiled as a whole is larger. What XLA notes in the text of a program without the profile is larger too,
+    by 17% on a v6e.
+    """
+    x, h, wide, tall = array(tokens, width), array(tokens, inner), array(width, inner), array(inner, width)
+    with _profiles() as folder:
+
+        def estimate(f: Callable[..., Any], *args: Any) -> float:
+            compile_for(topology, f, *args)
+            return float(_cycles(folder).total())
+
+        up, down = estimate(jnp.dot, x, wide), estimate(jnp.dot, h, tall)
+        to_h, to_x = (estimate(lambda a, w: a @ w.T, *args) for args in ((x, tall), (h, wide)))
+        dup, ddown = (estimate(lambda a, b: a.T @ b, *args) for args in ((x, h), (h, x)))
+    forward, backward = 2 * up + down, to_h + 2 * to_x + 2 * dup + ddown
+    return {
+        "dense forward": forward,
+        "dense forward + backward": forward + backward,
+        "dense under full remat": forward + 2 * up + backward,
+    }
+
+
+def report(topology: str, tokens: int, width: int, inner: int) -> dict[str, Any]:
+    """The floor and `profile` of every case, each in a process of its own that is given CASE_SECONDS, and what follows from them."""
+    sizes = ["--tokens", str(tokens), "--width", str(width), "--inner", str(inner)]
+    found: dict[str, Any] = {}
+    for case in ("floor", *kernel_cases(topology.split(":")[0], tokens, width, inner)):
+        command = [sys.executable, "-m", "pallas_kernels.benchmark", "--static", topology, "--case", case, *sizes]
+        print(f"{topology}, {tokens} tokens: {case}", file=sys.stderr, flush=True)
+        try:
+            child = subprocess.run(
+                command, capture_output=True, text=True, timeout=CASE_SECONDS, env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=False
+            )
+        except subprocess.TimeoutExpired:
+            found[case] = f"no estimate within {CASE_SECONDS} s"
+            continue
+        found[case] = json.loads(child.stdout.splitlines()[-1]) if child.returncode == 0 else f"no estimate: {child.stderr.strip()[-300:]}"
+    return record(topology, tokens, width, inner, found)
+
+
+def record(topology: str, tokens: int, width: int, inner: int, found: dict[str, Any]) -> dict[str, Any]:
+    """What is written of a report; found: by case, what `dense_floor` and `profile` return, or a word on why there is nothing."""
+    cycles = {case: r["cycles"] if isinstance(r, dict) and "cycles" in r else r for case, r in found.items()}
+    return {
+        "topology": topology,
+        "tokens": tokens,
+        "width": width,
+        "inner": inner,
+        "dtype": "bfloat16",
+        "visual share": 0.5,
+        **{name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
+        "date": str(datetime.date.today()),
+        "ratios": ratios(cycles),
+        "cycles": cycles,
+        "vmem": {case: r["vmem"] for case, r in found.items() if isinstance(r, dict) and r.get("vmem")},
+    }
+
+
+def ratios(result: dict[str, Any]) -> dict[str, float]:
+    """Each pass over its dense floor: the kernels alone, and with routing and permutation. What has no estimate is left out."""
+    total = {case: sum(r.values()) for case, r in result.items() if isinstance(r, dict)}
+    floor = result["floor"]
+    if isinstance(floor, str):
+        return {}
+    if isinstance(saved := result.get("forward, gate and up saved"), dict):
+        total["gate and up again"] = saved["routed_gate_up"]
+    around = total.get("permutation", 0.0) + total.get("routing", 0.0)  # a word in place of a figure says that it is left out
+    passes = {
+        "forward": (("forward",), 1, floor["dense forward"]),
+        "forward, gate and up saved": (("forward, gate and up saved",), 1, floor["dense forward"]),
+        "backward, text frozen": (("backward, text frozen",), 1, floor["dense forward + backward"] - floor["dense forward"]),
+        "forward + backward, text frozen": (
+            ("forward, gate and up saved", "backward, text frozen"),
+            2,
+            floor["dense forward + backward"],
+        ),
+        "the same under full remat": (
+            ("forward, gate and up saved", "gate and up again", "backward, text frozen"),
+            3,
+            floor["dense under full remat"],
+        ),
+    }
+    table = {}
+    for name, (parts, permutations, dense_cycles) in passes.items():
+        if all(part in total for part in parts):
+            kernels = sum(total[part] for part in parts)
+            table[f"{name}: kernels"] = round(kernels / dense_cycles, 3)
+            table[f"{name}: all"] = round((kernels + permutations * around) / dense_cycles, 3)
+    return table

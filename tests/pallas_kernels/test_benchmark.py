@@ -1,0 +1,102 @@
+"""The benchmark at a toy size, what it counts as needed work, and the baselines that are not ours."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from pallas_kernels import aot_tpu, benchmark, make_routing, ragged, routed_swiglu
+from tests.pallas_kernels.helpers import close, make_inputs
+from tests.quick import quick_jit
+
+
+def test_every_implementation_is_timed_against_the_dense_layer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
+    monkeypatch.setattr("pallas_kernels.routing.BLOCKS", 2)
+    monkeypatch.setattr(jax, "jit", quick_jit)
+    monkeypatch.setattr(benchmark, "PEAKS", {"cpu": (1e12, 1e11)})
+    out = tmp_path / "new" / "times.json"
+    sizes = ["--tokens", "12", "--width", "3", "--inner", "4", "--rounds", "2", "--dtype", "bfloat16"]
+    monkeypatch.setattr("sys.argv", ["benchmark", *sizes, "--out", str(out)])
+    benchmark.main()
+    result = json.loads(out.read_text())
+    assert result["tokens"] == 12 and result["device"] == "cpu" and out.with_suffix(".png").stat().st_size > 1000
+    for share in benchmark.SHARES:
+        for what in benchmark.PASSES:
+            mine = {r["implementation"]: r for r in result["records"] if (r["share"], r["pass"]) == (share, what)}
+            assert mine.keys() >= {"dense", "reference", "xla", "ragged"} and not mine.keys() & {"pallas_tpu", "pallas_gpu"}
+            assert mine["dense"]["ratio"] == 1
+            for r in mine.values():
+                assert r["ratio"] == pytest.approx(r["seconds"] / mine["dense"]["seconds"])
+                trained = {0: None, 1: (share,), 2: (share, 1 - share)}[benchmark.PASSES.index(what)]
+                used = 1 if share in (0, 1) else 2
+                if r["implementation"] == "dense":
+                    used, trained = 1, trained and (1.0,)
+                operations, moved = benchmark.needed(12, 3, 4, 2, used, trained)
+                assert r["of matmul peak"] == pytest.approx(operations / r["seconds"] / 1e12)
+                assert r["of bandwidth"] == pytest.approx(moved / r["seconds"] / 1e11)
+    assert capsys.readouterr().out.count("of matmul peak") == len(result["records"])
+
+
+@pytest.mark.parametrize(
+    ("used", "trained", "operations", "numbers"),
+    [
+        (2, None, 6 * 12, 2 * 10 * 3 + 2 * 36),
+        (1, None, 6 * 12, 2 * 10 * 3 + 36),  # the other expert is not read
+        (1, (0.0,), 12 * 12, 4 * 10 * 3 + 4 * 10 * 4 + 3 * 36),  # read twice, and zeros for the trained one
+        (2, (0.5,), 15 * 12, 4 * 10 * 3 + 4 * 10 * 4 + 5 * 36),
+        (2, (0.5, 0.5), 18 * 12, 4 * 10 * 3 + 4 * 10 * 4 + 6 * 36),
+    ],
+)
+def test_the_work_that_nothing_can_do_without(used: int, trained: tuple | None, operations: int, numbers: int) -> None:
+    """10 tokens, 3 -> 4: operations in multiples of the tokens, numbers moved."""
+    assert benchmark.needed(10, 3, 4, 2, used, trained) == (10 * operations, 2 * numbers)
+
+
+def test_megablox_is_called_as_it_should_be() -> None:
+    x, experts, dy = make_inputs("swiglu", (100, 128, 256))
+    expert = jax.numpy.asarray(np.random.default_rng(0).integers(-1, 2, 100))
+
+    def run(x, experts, dy, ours):
+        routing = make_routing(expert, row_multiple=128)
+
+        def f(x, experts):
+            if ours:
+                return routed_swiglu(x, experts, routing, "reference")
+            return ragged.routed_swiglu(x, experts, routing, functools.partial(ragged._megablox, interpret=True))
+
+        y, pull = jax.vjp(f, x, experts)
+        return y, pull(dy)
+
+    want, got = (quick_jit(functools.partial(run, ours=ours))(x, experts, dy) for ours in (True, False))
+    close(got, want, 1e-5)
+
+
+def test_others_are_those_that_run_here() -> None:
+    assert "megablox" not in ragged.others()
+    device = jax.sharding.AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("chip",), abstract_device=device)):
+        assert "megablox" in ragged.others()
+
+
+def test_static_ratios_count_routing_and_permutation_once_for_each_pass() -> None:
+    floor = {"dense forward": 100.0, "dense forward + backward": 300.0, "dense under full remat": 380.0}
+    cycles = {
+        "floor": floor,
+        "forward": {"routed_ffn": 101.0},
+        "forward, gate and up saved": {"routed_gate_up": 70.0, "routed_down": 35.0},
+        "backward, text frozen": {"routed_ffn_dx": 110.0, "routed_weight_gradient": 50.0},
+        "permutation": {"permutation": 4.0},
+        "routing": {"fusion": 1.0},
+    }
+    found = aot_tpu.ratios(cycles)
+    assert found["forward: kernels"] == 1.01 and found["forward: all"] == 1.06
+    assert found["backward, text frozen: all"] == round(165 / 200, 3)
+    assert found["forward + backward, text frozen: all"] == round((105 + 160 + 10) / 300, 3)
+    assert found["the same under full remat: all"] == round((105 + 70 + 160 + 15) / 380, 3)
+    assert not any(name.startswith("backward") for name in aot_tpu.ratios({**cycles, "backward, text frozen": "no estimate"}))
+    assert aot_tpu.ratios({**cycles, "floor": "no estimate"}) == {}
