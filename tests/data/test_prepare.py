@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from monovl_jax import cli
 from monovl_jax.config import config_to_json, tiny
+from monovl_jax.data import commands
 from monovl_jax.data import prepare as module
 from monovl_jax.data.images import MAX_PIXELS
 from monovl_jax.data.jsonl import JsonlSource
@@ -350,7 +350,7 @@ def test_beam_writes_the_same_bytes(home: Path, tmp_path: Path) -> None:
 
 def test_without_beam(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "apache_beam", None)
-    code, out, err = command(cli.data_prepare, home / "META.json", tmp_path / "out", model=home / "model", beam="")
+    code, out, err = command(commands.data_prepare, home / "META.json", tmp_path / "out", model=home / "model", beam="")
     assert code == 2 and not out and len(err.splitlines()) == 1 and "pip install 'monovl_jax[beam]'" in err
     assert not (tmp_path / "out").exists()
 
@@ -485,16 +485,16 @@ def command(function: Callable[..., int], *arguments: Any, **options: Any) -> tu
 
 def test_the_command_takes_a_jsonl_file_and_a_model(home: Path, tmp_path: Path) -> None:
     options = dict(model=home / "model", template="compact", root=home / "pictures", workers=1)
-    code, out, err = command(cli.data_prepare, home / "street.jsonl", tmp_path / "out", **options)
+    code, out, err = command(commands.data_prepare, home / "street.jsonl", tmp_path / "out", **options)
     assert (code, out.strip()) == (0, str(tmp_path / "out")) and "6 samples rejected, listed with the reasons in" in err
     manifest = json.loads((tmp_path / "out" / "street" / "manifest.json").read_text())
     assert manifest["counted_with"]["tile_size"] == tiny().vision.tile_size and manifest["max_pixels"] == MAX_PIXELS
-    assert command(cli.data_verify, tmp_path / "out")[:2] == (
+    assert command(commands.data_verify, tmp_path / "out")[:2] == (
         0,
         f"{tmp_path / 'out' / 'street'}: 1 shards, 10 samples, 6 rejected: whole\n",
     )
     flip(tmp_path / "out" / "street" / "shard-00000.npz", 50)
-    code, out, err = command(cli.data_verify, tmp_path / "out")
+    code, out, err = command(commands.data_verify, tmp_path / "out")
     assert code == 1 and err.startswith("monovl data verify: ") and "was changed" in err
-    code, out, err = command(cli.data_prepare, home / "street.jsonl", tmp_path / "new", model=home)
+    code, out, err = command(commands.data_prepare, home / "street.jsonl", tmp_path / "new", model=home)
     assert code == 2 and err.startswith("monovl data prepare: ") and not (tmp_path / "new").exists()
