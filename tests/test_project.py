@@ -91,7 +91,7 @@ def names(requirements: list[str]) -> set[str]:
 
 def test_extras() -> None:
     extras = PROJECT["optional-dependencies"]
-    assert set(extras) == {"tpu", "aot", "cuda", "hf", "torch", "demo", "dev"}
+    assert set(extras) == {"tpu", "aot", "aot-cuda", "beam", "cuda", "hf", "torch", "demo", "dev"}
     everywhere = names(PROJECT["dependencies"]) | names(extras["dev"]) | names(extras["demo"])
     assert not everywhere & {"torch", "torchvision", "tensorflow", "transformers", "libtpu"}, "their wheels bring gigabytes"
 

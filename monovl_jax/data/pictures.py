@@ -130,7 +130,7 @@ def _members(shard: Path, number: int) -> dict[str, tuple[int, int, int]]:
     try:
         with tarfile.open(shard, "r:") as archive:
             for member in archive:
-                archive.members = []  # or it keeps every header it has seen
+                archive.members = []  # pyright: ignore[reportAttributeAccessIssue]  (or it keeps every header it has seen)
                 plain = member.isreg() and not member.issparse()
                 if not member.isdir():
                     found[member.name.removeprefix("./")] = number, member.offset_data, member.size if plain else _REFUSED
