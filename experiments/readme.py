@@ -54,6 +54,14 @@ def render() -> str:
     ratio = step["ratio_to_dense"]
     bench = "`python -m experiments.benchmarks.train_step`"
     outputs = f"{parity['cases']} recorded cases, {parity['checks']} outputs, {parity['failed']} outside tolerance"
+    saved = [
+        (
+            f"the same steps with every expert on every token ({name})",
+            f"{over['time']:.2f}x the time, {over['operations']:.2f}x the operations",
+            bench,
+        )
+        for name, over in step.get("masked_both_over_routed", {}).items()
+    ]
     converted = [
         (
             f"{way} of the 2B model ({convert['bytes'] / 1e9:.1f} GB), byte for byte",
@@ -79,6 +87,7 @@ def render() -> str:
         ),
         ("a train step with visual FFN experts", f"{ratio['ffn']:.2f}x the dense model without experts", bench),
         ("with attention experts too", f"{ratio['ffn+attention']:.2f}x", bench),
+        *saved,
         *converted,
         *asked,
         (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -419,8 +420,21 @@ def needs_libtpu() -> None:
         pytest.skip("libtpu is not installed: pip install 'monovl_jax[aot]'")
 
 
+def slower(cycles: dict[str, float], budget: dict[str, float]) -> list[str]:
+    """The kernels that take 2% more than the budget, or are not in it."""
+    return [kernel for kernel in cycles.keys() | budget.keys() if cycles.get(kernel, math.inf) > 1.02 * budget.get(kernel, 0)]
+
+
+def test_a_slower_kernel_is_found() -> None:
+    budget = {"routed_ffn_dx": 1000.0, "routed_weight_gradient": 500.0}
+    assert not slower({"routed_ffn_dx": 1019.0, "routed_weight_gradient": 400.0}, budget)
+    assert slower({"routed_ffn_dx": 1021.0, "routed_weight_gradient": 500.0}, budget) == ["routed_ffn_dx"]
+    assert slower({"routed_ffn_dx": 1000.0}, budget) == ["routed_weight_gradient"]
+    assert slower({**budget, "routed_copy": 1.0}, budget) == ["routed_copy"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["forward", "backward, text frozen"])
+@pytest.mark.parametrize("case", ["forward", "forward, gate and up saved", "backward, text frozen"])
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_no_more_cycles_than_before(topology: str, case: str, run_python: Callable[..., str]) -> None:
     """The compiler's estimate of each kernel, against the committed table."""
@@ -433,9 +447,7 @@ def test_no_more_cycles_than_before(topology: str, case: str, run_python: Callab
         pytest.skip(f"the estimator has no figure: {table[:60]}")
     code = f"import json; from pallas_kernels.aot_tpu import profile; print(json.dumps(profile({topology!r}, {case!r}, 4096, 2048, 8192)))"
     cycles = json.loads(run_python(code, JAX_PLATFORMS="cpu").splitlines()[-1])["cycles"]
-    assert cycles.keys() == table.keys()
-    for kernel, budget in table.items():
-        assert cycles[kernel] <= 1.02 * budget, kernel
+    assert not slower(cycles, table)
 
 
 COMPILE = """
