@@ -41,14 +41,11 @@ def ratios() -> str:
     for name, tokens, chip in itertools.product(BARS, TOKENS, CHIPS):
         bar = BARS[name].get(tokens, {}).get(chip)
         found = (_static(chip, tokens) or {}).get("ratios", {})
-        if f"{name}: all" in found:
-            everything, kernels = found[f"{name}: all"], found[f"{name}: kernels"]
-            verdict = "" if bar is None else "met" if everything <= bar else "**missed**"
-            shown = f"{everything:.3f}", f"{kernels:.3f}"
-        elif bar is not None:
-            verdict, shown = "**no estimate**", ("-", "-")
-        else:
+        everything, kernels = found.get(f"{name}: all"), found.get(f"{name}: kernels")
+        if bar is None and kernels is None:
             continue
+        verdict = "" if bar is None else "**no estimate**" if everything is None else "met" if everything <= bar else "**missed**"
+        shown = ["-" if ratio is None else f"{ratio:.3f}" for ratio in (everything, kernels)]
         rows.append((name, chip, f"{tokens:,}", shown[0], "-" if bar is None else f"{bar:.2f}", verdict, shown[1]))
     order = ("**missed**", "**no estimate**", "met", "")
     return _table(("pass", "chip", "tokens", "all", "bar", "", "kernels alone"), sorted(rows, key=lambda row: order.index(row[5])))

@@ -221,7 +221,7 @@ def ratios(result: dict[str, Any]) -> dict[str, float]:
         return {}
     if isinstance(saved := result.get("forward, gate and up saved"), dict):
         total["gate and up again"] = saved["routed_gate_up"]
-    around = total.get("permutation", 0.0) + total.get("routing", 0.0)  # a word in place of a figure says that it is left out
+    around = total["permutation"] + total.get("routing", 0.0) if "permutation" in total else None
     passes = {
         "forward": (("forward",), 1, floor["dense forward"]),
         "forward, gate and up saved": (("forward, gate and up saved",), 1, floor["dense forward"]),
@@ -242,5 +242,6 @@ def ratios(result: dict[str, Any]) -> dict[str, float]:
         if all(part in total for part in parts):
             kernels = sum(total[part] for part in parts)
             table[f"{name}: kernels"] = round(kernels / dense_cycles, 3)
-            table[f"{name}: all"] = round((kernels + permutations * around) / dense_cycles, 3)
+            if around is not None:
+                table[f"{name}: all"] = round((kernels + permutations * around) / dense_cycles, 3)
     return table

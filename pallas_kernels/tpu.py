@@ -29,9 +29,6 @@ COLUMNS = (1024, 512, 256, 128)
 INNER = 512
 """The most columns of a block of the inner width, which a tile walks."""
 
-ENOUGH_ROWS = 512
-"""Rows of a tile from which on a matmul with weights that stay in VMEM gains little by more."""
-
 SUB_ROWS = 256
 """Rows of a sub-block."""
 
@@ -149,8 +146,7 @@ class Tpu:
         def blocks(rows: int, columns: int) -> int:
             return 2 * size * (experts * per_expert * k * columns + rows * k + outputs * rows * columns) + 8 * outputs * rows * columns
 
-        # weights are read once, x once for each block of columns: columns decide, but few rows starve the matrix unit
-        rows, columns, sub = self._tiles(routing, m, blocks, work=lambda rows, columns: (min(rows, ENOUGH_ROWS), columns, rows))
+        rows, columns, sub = self._tiles(routing, m, blocks)
         tiles, steps = x.shape[0] // rows, m // columns
 
         def body(place, x, *refs):

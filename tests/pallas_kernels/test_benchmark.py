@@ -99,4 +99,6 @@ def test_static_ratios_count_routing_and_permutation_once_for_each_pass() -> Non
     assert found["forward + backward, text frozen: all"] == round((105 + 160 + 10) / 300, 3)
     assert found["the same under full remat: all"] == round((105 + 70 + 160 + 15) / 380, 3)
     assert not any(name.startswith("backward") for name in aot_tpu.ratios({**cycles, "backward, text frozen": "no estimate"}))
+    without = aot_tpu.ratios({**cycles, "permutation": "no estimate"})
+    assert without["forward: kernels"] == 1.01 and not any(name.endswith(": all") for name in without)
     assert aot_tpu.ratios({**cycles, "floor": "no estimate"}) == {}

@@ -444,7 +444,7 @@ def test_no_more_cycles_than_before(topology: str, case: str, run_python: Callab
         pytest.skip(f"{path.name} is not there: python -m pallas_kernels.benchmark --static {topology} --out {path}")
     table = json.loads(path.read_text("utf-8"))["cycles"][case]
     if isinstance(table, str):
-        pytest.skip(f"the estimator has no figure: {table[:60]}")
+        pytest.skip(f"{path.name} has no figure for it: {table[:60]}")
     code = f"import json; from pallas_kernels.aot_tpu import profile; print(json.dumps(profile({topology!r}, {case!r}, 4096, 2048, 8192)))"
     cycles = json.loads(run_python(code, JAX_PLATFORMS="cpu").splitlines()[-1])["cycles"]
     assert not slower(cycles, table)
