@@ -13,9 +13,9 @@ import numpy as np
 
 Run = dict[str, Any]
 
-_LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
-_MARKS = ("o", "s", "^", "D", "v", "P")
-_GREYS = ("0.0", "0.35", "0.55", "0.2", "0.45", "0.65")
+LINES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
+MARKS = ("o", "s", "^", "D", "v", "P")
+GREYS = ("0.0", "0.35", "0.55", "0.2", "0.45", "0.65")
 """Told apart by line, mark and shade, so that a print in black and white loses nothing."""
 
 
@@ -35,12 +35,10 @@ class Panel:
 
 def draw(panels: Sequence[Panel], runs: Mapping[str, Sequence[Run]], texts: Mapping[str, str], path: Path) -> None:
     """Writes the plot of an experiment. Raises nothing for arms without runs: they are left out."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(5.2 * len(panels), 3.6), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(5.2 * len(panels), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)
     for panel, ax in zip(panels, axes[0], strict=True):
         (_arms if panel.kind == "arms" else _curve)(panel, ax, runs)
         ax.set_title(panel.title, fontsize=11)
@@ -52,19 +50,16 @@ def draw(panels: Sequence[Panel], runs: Mapping[str, Sequence[Run]], texts: Mapp
 
 
 def save(figure: Any, path: Path) -> None:
-    """Writes a figure and closes it. The same figure gives the same bytes: no date, no version."""
-    from matplotlib import pyplot
-
+    """Writes a figure. The same figure gives the same bytes: no date, no version."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Software": None})
-    pyplot.close(figure)
 
 
 def _arms(panel: Panel, ax: Any, runs: Mapping[str, Sequence[Run]]) -> None:
     assert callable(panel.value)
     for number, (_, mine) in enumerate(runs.items()):
         values = np.array([panel.value(run) for run in mine])
-        ax.plot(values, np.full(len(values), number), _MARKS[number % 6], mfc="none", color=_GREYS[number % 6], markersize=7)
+        ax.plot(values, np.full(len(values), number), MARKS[number % 6], mfc="none", color=GREYS[number % 6], markersize=7)
         ax.plot([values.mean()] * 2, [number - 0.28, number + 0.28], color="black", linewidth=2)
     ax.set_yticks(range(len(runs)), list(runs))
     ax.set_ylim(len(runs) - 0.5, -0.5)
@@ -87,9 +82,9 @@ def _curve(panel: Panel, ax: Any, runs: Mapping[str, Sequence[Run]]) -> None:
     for number, (name, mine) in enumerate(runs.items()):
         rows = points(mine[0], panel.value)[0]
         values = np.array([points(run, panel.value)[1] for run in mine])
-        style = {"color": _GREYS[number % 6], "linestyle": _LINES[number % 6]}
-        ax.plot(rows, values.mean(0), marker=_MARKS[number % 6], markersize=4, label=name, **style)
-        ax.fill_between(rows, values.min(0), values.max(0), color=_GREYS[number % 6], alpha=0.12, linewidth=0)
+        style = {"color": GREYS[number % 6], "linestyle": LINES[number % 6]}
+        ax.plot(rows, values.mean(0), marker=MARKS[number % 6], markersize=4, label=name, **style)
+        ax.fill_between(rows, values.min(0), values.max(0), color=GREYS[number % 6], alpha=0.12, linewidth=0)
     ax.set_xlabel("packed rows seen after stage 0\nlines: mean over seeds; bands: their range", fontsize=9)
     ax.set_ylabel(panel.label, fontsize=9)
     ax.legend(fontsize=8, frameon=False)

@@ -220,6 +220,17 @@ class Setting:
                 number[row, inside] = pack[batch["segment_ids"][row, inside] - 1]
             self._batches.append((batch, np.where(batch["loss_weights"] > 0, number, -1)))
 
+    def scenes(self, count: int) -> tuple[dict[str, jax.Array], np.ndarray]:
+        """Held-out scenes with a question, one a row: a batch, and bool[B, T] of the text after the picture."""
+        items = self.world.evaluation_sets(count)["scene_what"]
+        examples = [self._example(item.image, item.question, item.answer) for item in items[:count]]
+        vision = self.config("none").vision
+        tiles = len(examples[0].tiles)
+        spec = PackSpec(max(len(e.ids) for e in examples), tiles, vision.tokens_per_tile, vision.tile_size, self.layout.context_id)
+        batch, _ = assemble([[example] for example in examples], spec, len(examples))
+        after = np.maximum.accumulate(batch["token_types"] == 1, axis=1) & (batch["token_types"] == 0)
+        return {key: jnp.asarray(value) for key, value in batch.items()}, after
+
     def _text_batches(self, kind: str) -> list[dict[str, np.ndarray]]:
         spec = PackSpec(128, 0, self.layout.visual_tokens_per_tile, self.layout.tile_size, self.layout.context_id)
         dialogs = self.world.held_out_text(kind, max(4, self.size.questions))
