@@ -32,11 +32,11 @@ from experiments.ablations.setting import Setting
 from monovl_jax.config import Experts, ModelConfig
 from monovl_jax.demo.recipe import TEXT, initial_parameters
 from monovl_jax.parallel.mesh import make_mesh
-from monovl_jax.parallel.sharding import place_parameters
+from monovl_jax.parallel.sharding import place_parameters, replicated
 from monovl_jax.training.devices import compiler_options
 from monovl_jax.training.files import write_json
 from monovl_jax.training.loop import Prefetcher
-from monovl_jax.training.optimizer import Optimizer, make_optimizer
+from monovl_jax.training.optimizer import Optimizer, learning_rate_schedule, make_optimizer
 from monovl_jax.training.stages import Recipe, Stage
 from monovl_jax.training.step import make_train_step, optimizer_shardings, place_batch
 from monovl_jax.training.trainable import Tree, cast, flatten, initialise_experts, merge_trees, model_structure, split_tree, unflatten
@@ -81,17 +81,16 @@ class Arm:
 
 
 class Rate(NamedTuple):
-    """Optimizer state that holds the learning rate of the run: float32[]."""
+    """Optimizer state that holds the learning rate of the next update: float32[]."""
 
     rate: jax.Array
 
 
 def optimizer_with_rate(stage: Stage) -> Optimizer:
-    """`make_optimizer`, its learning rate a number of the state (`with_rate`): one program serves every rate.
-
-    `stage.learning_rate` scales it. A state without a rate learns nothing: it begins at 0.
+    """`make_optimizer` with the learning rate as a number of the state (`with_rate`) instead of a schedule: one program serves every rate,
+    schedule and number of steps. A state without a rate learns nothing: it begins at 0.
     """
-    unit = make_optimizer(stage)
+    unit = make_optimizer(dataclasses.replace(stage, learning_rate=1.0, schedule="constant", warmup_steps=0))
 
     def init(parameters: Any) -> Rate:
         del parameters
@@ -104,9 +103,9 @@ def optimizer_with_rate(stage: Stage) -> Optimizer:
     return Optimizer(optax.chain(unit.transform, optax.GradientTransformation(init, update)), unit.schedule)
 
 
-def with_rate(state: Any, rate: float) -> Any:
-    """The state of `optimizer_with_rate` with the learning rate set."""
-    return (*state[:-1], Rate(jnp.float32(rate)))
+def with_rate(state: Any, rate: Any) -> Any:
+    """The state of `optimizer_with_rate` with the learning rate of the next update."""
+    return (*state[:-1], Rate(rate))
 
 
 @contextlib.contextmanager
@@ -145,7 +144,7 @@ class Lab:
     # ---- what to train -------------------------------------------------------------------------------------------------------------
 
     def stage(self, step: Step, seed: int) -> Stage:
-        """A step of an arm at this size. Its learning rate is 1: the run's comes in with the optimizer state."""
+        """A step of an arm at this size. Its learning rate is that of the `Link`."""
         size = self.setting.size
         text_rows = round(step.text_share * size.rows)
         steps = max(1, round(step.units * size.steps))
@@ -237,8 +236,9 @@ class Lab:
         return tree
 
     def _step(self, link: Link, trainable: Tree, frozen: Tree) -> tuple[Optimizer, Any]:
-        """The optimizer and the compiled step of a link: one program for all seeds and learning rates."""
-        stage = dataclasses.replace(link.stage, seed=0)
+        """The optimizer and the compiled step of a link: one program for all that train the same parameters on rows of one shape."""
+        same = {"name": "any", "steps": 1, "warmup_steps": 0, "schedule": "constant", "mixture": {"any": 1.0}, "seed": 0}
+        stage = dataclasses.replace(link.stage, **same)
         key = (link.config, repr(stage))
         if key not in self._compiled:
             optimizer = optimizer_with_rate(stage)
@@ -254,8 +254,8 @@ class Lab:
         trainable, frozen = split_tree(place_parameters(self.start(link, before), self._mesh), chosen)
         trainable = cast(trainable, jnp.float32, copy=True)
         optimizer, step = self._step(link, trainable, frozen)
-        state = with_rate(optimizer.transform.init(trainable), link.rate)
-        state = jax.device_put(state, optimizer_shardings(optimizer, trainable, self._mesh))
+        state = jax.device_put(optimizer.transform.init(trainable), optimizer_shardings(optimizer, trainable, self._mesh))
+        rates = np.asarray(learning_rate_schedule(dataclasses.replace(stage, learning_rate=link.rate))(np.arange(stage.steps)))
         visual = stage.tiles_per_row > 0
         score_at = {round(stage.steps * (n + 1) / POINTS) for n in range(POINTS)} if visual else {stage.steps}
         batches = Prefetcher(self.setting.feed(link.config)(stage, 0), functools.partial(place_batch, mesh=self._mesh))
@@ -263,7 +263,8 @@ class Lab:
         try:
             for number in range(1, stage.steps + 1):
                 batch = batches.next()
-                trainable, state, metrics = step(trainable, state, frozen, batch)
+                rate = jax.device_put(rates[number - 1], replicated(self._mesh))
+                trainable, state, metrics = step(trainable, with_rate(state, rate), frozen, batch)
                 losses.append(metrics["loss"])
                 tokens += int(np.count_nonzero(jax.device_get(batch[0]["segment_ids"])))
                 if number in score_at:

@@ -262,6 +262,9 @@ class Options:
 def run(experiments: Sequence[Any], options: Options) -> int:
     """Runs experiments in order and publishes each that is finished. 0: all are; 3: to be continued."""
     size, until = SIZES[options.size], time.monotonic() + 60 * options.minutes
+    if not jax.config.jax_compilation_cache_dir:  # processes share what they compile  # pyright: ignore[reportAttributeAccessIssue]
+        jax.config.update("jax_compilation_cache_dir", str((options.work / "compiled").absolute()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     if options.workers > 1:
         _run_beside(experiments, options)
     else:
