@@ -179,6 +179,7 @@ EXPERIMENT = Measurement(
         Within("the first layer looks closer by than the last", _more_local_at_first, 0.05, "of the plain mean"),
         Within("text looks at pictures more in the deeper half", _more_to_picture_later, 0.05, "of even attention"),
     ),
+    after=("evip_stages",),
 )
 
 if __name__ == "__main__":

@@ -34,7 +34,10 @@ class Within:
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """measure: makes result, with a list `runs`, one entry per seed where there are claims. draw: its plot. tables: its Markdown."""
+    """measure: makes result, with a list `runs`, one entry per seed where there are claims. draw: its plot. tables: its Markdown.
+
+    after: experiments that must be published first.
+    """
 
     name: str
     title: str
@@ -43,6 +46,7 @@ class Measurement:
     draw: Callable[[Result, Path], None]
     tables: Callable[[Result], str]
     claims: tuple[Within, ...] = ()
+    after: tuple[str, ...] = ()
     reading: str = ""
 
     def _path(self, results: Path) -> Path:

@@ -105,6 +105,11 @@ class Experiment:
     score: Score = VISUAL
     reading: str = ""
 
+    @property
+    def after(self) -> tuple[str, ...]:
+        """Experiments that must be published first."""
+        return self.rate_from[:1] if self.rate_from else ()
+
     def arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)
 
@@ -237,8 +242,13 @@ class Experiment:
         folder = results / self.name
         pages.draw(self.panels, self.runs(results, size), {arm.name: arm.text for arm in self.arms}, folder / "plot.png")
         write_json(folder / "summary.json", summary)
-        (folder / "page.md").write_text(pages.page(self, summary), encoding="utf-8")
+        (folder / "page.md").write_text(self.page(summary, results), encoding="utf-8")
         return summary
+
+    def page(self, summary: dict[str, Any], results: Path) -> str:
+        """The page of a summary."""
+        del results
+        return pages.page(self, summary)
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------------------------
@@ -274,8 +284,9 @@ def run(experiments: Sequence[Any], options: Options) -> int:
             if not experiment.finished(results, size):
                 lab = lab or Lab(Setting(size), options.work / options.size)
                 experiment.work(lab, results, until)
-            if experiment.finished(results, size):
-                experiment.publish(results, size)
+            with locked(options.work / options.size / "publish.lock", wait=True):  # another may need the rates that this one chose
+                if experiment.finished(results, size):
+                    experiment.publish(results, size)
     results = folder_of(size, "cpu" if options.workers > 1 else jax.devices()[0].platform, options.results)
     done = [experiment.finished(results, size) for experiment in experiments]
     for experiment, finished in zip(experiments, done, strict=True):
@@ -304,4 +315,9 @@ def _run_beside(experiments: Sequence[Any], options: Options) -> None:
 
 def main(experiment: Any) -> None:
     """The command of one experiment."""
-    raise SystemExit(run([experiment], tyro.cli(Options, description=experiment.title)))
+    options = tyro.cli(Options, description=experiment.title)
+    try:
+        code = run([experiment], options)
+    except ExperimentError as error:
+        raise SystemExit(str(error)) from None
+    raise SystemExit(code)

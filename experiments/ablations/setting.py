@@ -33,6 +33,7 @@ from monovl_jax.recipes.feed import Feed
 from monovl_jax.training.stages import Stage
 from monovl_jax.training.step import make_eval_step
 from monovl_jax.training.trainable import Tree
+from pallas_kernels import Implementation
 
 SAMPLES = 1 << 18
 """Samples of a lesson before it repeats; more than any stage reads."""
@@ -50,7 +51,7 @@ class Size:
 
     steps: optimizer steps of one unit; a stage of an experiment lasts a multiple of it. rows, row_tokens, row_tiles: of a batch.
     seeds: scored. tuning_seed: where learning rates are chosen, not scored. questions: per task. folder: of results, below
-    experiments/results. text_steps: of stage 0, the language model that everything starts from.
+    experiments/results. text_steps, text_rate: of stage 0, the language model that everything starts from. implementation: `model.Ops`.
     """
 
     folder: str
@@ -64,10 +65,11 @@ class Size:
     rows: int
     row_tokens: int = 160
     row_tiles: int = 16
-    questions: int = 150
+    questions: int = 100
     seeds: tuple[int, ...] = (0, 1, 2)
     tuning_seed: int = 100
     text_rate: float = 2e-3
+    implementation: Implementation | None = None
 
     def model(self, vocab_size: int, experts: Experts, attention_output: bool = True) -> ModelConfig:
         """The model of this size."""
@@ -94,7 +96,7 @@ class Size:
 SIZES = {
     "cpu": Size("ablations", 128, 256, 4, 4, 2, steps=100, text_steps=350, rows=8),
     "10x": Size("ablations_10x", 320, 1024, 8, 8, 4, steps=400, text_steps=1500, rows=32),
-    "toy": Size("ablations_toy", 16, 16, 1, 2, 1, steps=1, text_steps=1, rows=2, questions=3, seeds=(0, 1)),
+    "toy": Size("ablations_toy", 16, 16, 1, 2, 1, steps=1, text_steps=1, rows=2, questions=3, seeds=(0, 1), implementation="reference"),
 }
 """cpu: 1-3 million parameters, two cores. 10x: an accelerator. toy: for the tests."""
 
@@ -159,7 +161,7 @@ class Setting:
     """
 
     def __init__(self, size: Size):
-        self.size, self.ops, self.world = size, Ops(), World()
+        self.size, self.ops, self.world = size, Ops(implementation=size.implementation), World()
         with tempfile.TemporaryDirectory() as folder:
             build_tokenizer(folder)
             self.tokenizer = Tokenizer.from_folder(folder)

@@ -4,7 +4,6 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ pytest.importorskip("resvg_py")
 pytest.importorskip("emoji")
 pytest.importorskip("sklearn")
 
-from experiments.ablations import pages, runner
+from experiments.ablations import runner
 from experiments.ablations.catalogue import EXPERIMENTS
 from experiments.ablations.chains import VISUAL, Arm, Lab, Step, locked, optimizer_with_rate, with_rate
 from experiments.ablations.runner import Options
@@ -32,7 +31,7 @@ TOY = SIZES["toy"]
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     """One laboratory for all tests: what a test has trained, the next one finds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "jit", quick_jit)
+        patch.setattr(jax, "jit", lambda f, compiler_options=None, **options: quick_jit(f, **options))
         yield Lab(Setting(TOY), tmp_path_factory.mktemp("stages"))
 
 
@@ -104,7 +103,7 @@ def _check(experiment, lab: Lab, results: Path) -> None:
     folder = results / experiment.name
     assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary))
     assert (folder / "plot.png").read_bytes()[:4] == b"\x89PNG"
-    assert (folder / "page.md").read_text() == pages.page(experiment, summary)
+    assert (folder / "page.md").read_text() == experiment.page(summary, results)
     for claim in summary["claims"]:
         assert f"**{claim['word']}**" in (folder / "page.md").read_text()
 
@@ -128,8 +127,8 @@ def test_tuning_strategy_at_toy_size(lab: Lab, tmp_path: Path, monkeypatch: pyte
 @pytest.mark.slow
 @pytest.mark.parametrize("experiment", EXPERIMENTS[1:], ids=lambda experiment: experiment.name)
 def test_every_experiment_at_toy_size(experiment, lab: Lab, tmp_path: Path):
-    for needed in EXPERIMENTS[: EXPERIMENTS.index(experiment)]:
-        if getattr(experiment, "rate_from", None) and needed.name == experiment.rate_from[0]:
+    for needed in EXPERIMENTS:
+        if needed.name in experiment.after:
             _run(needed, lab, tmp_path)
     _check(experiment, lab, tmp_path)
 
@@ -145,7 +144,7 @@ def test_the_published_page_says_what_its_runs_say(experiment):
     results, size = runner.RESULTS / "ablations", SIZES["cpu"]
     summary = json.loads((results / experiment.name / "summary.json").read_text(encoding="utf-8"))
     assert summary == json.loads(json.dumps(experiment.summarise(results, size))), f"run python -m experiments.ablations.{experiment.name}"
-    assert (results / experiment.name / "page.md").read_text(encoding="utf-8") == pages.page(experiment, summary)
+    assert (results / experiment.name / "page.md").read_text(encoding="utf-8") == experiment.page(summary, results)
 
 
 def test_the_command_knows_its_experiments(capsys: pytest.CaptureFixture[str]):
@@ -156,4 +155,4 @@ def test_the_command_knows_its_experiments(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(ValueError, match=r"no experiment is called 'nothing'"):
         selected(["nothing"], names)
     assert Options().size in SIZES
-    assert SimpleNamespace(**dataclasses.asdict(Options())).workers == 2
+    assert all(name in names[: names.index(experiment.name)] for experiment in EXPERIMENTS for name in experiment.after)
