@@ -70,7 +70,7 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """What is compared. text: what a reader is told about it. initialise: how visual experts begin. keep: the final parameters stay."""
+    """What is compared. text: what a reader is told about it. initialise: how visual experts begin."""
 
     name: str
     text: str
@@ -259,14 +259,14 @@ class Lab:
         visual = stage.tiles_per_row > 0
         score_at = {round(stage.steps * (n + 1) / POINTS) for n in range(POINTS)} if visual else {stage.steps}
         batches = Prefetcher(self.setting.feed(link.config)(stage, 0), functools.partial(place_batch, mesh=self._mesh))
-        curve, losses, tokens, scoring = [], [], 0, 0.0
+        curve, losses, tokens, scoring = [], [], [], 0.0
         try:
             for number in range(1, stage.steps + 1):
                 batch = batches.next()
                 rate = jax.device_put(rates[number - 1], replicated(self._mesh))
                 trainable, state, metrics = step(trainable, with_rate(state, rate), frozen, batch)
                 losses.append(metrics["loss"])
-                tokens += int(np.count_nonzero(jax.device_get(batch[0]["segment_ids"])))
+                tokens.append(metrics["tokens"])
                 if number in score_at:
                     jax.block_until_ready(trainable)
                     paused = time.monotonic()
@@ -281,7 +281,7 @@ class Lab:
             "stage": stage.name,
             "steps": stage.steps,
             "rows": stage.steps * stage.batch_size,
-            "tokens": tokens,
+            "tokens": sum(map(int, jax.device_get(tokens))),
             "rate": link.rate,
             "seed": link.seed,
             "loss": float(tail.mean()) if np.isfinite(tail).all() else None,

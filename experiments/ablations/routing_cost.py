@@ -29,6 +29,7 @@ from experiments.ablations import pages
 from experiments.ablations.chains import Lab
 from experiments.ablations.measurement import Measurement, Result
 from experiments.ablations.runner import main
+from experiments.ablations.setting import SIZES
 from pallas_kernels import make_routing, routed_swiglu
 from pallas_kernels.reference import swiglu
 
@@ -65,7 +66,7 @@ def rows_computed(visual: np.ndarray) -> dict[str, int]:
 def measure(lab: Lab, results: Path) -> Result:
     """Median seconds of forward and backward over rounds in which the methods take turns."""
     del results
-    toy = lab.setting.size.num_layers == 1
+    toy = lab.setting.size == SIZES["toy"]
     tokens, d, f, rounds = (64, 16, 32, 1) if toy else (2048, 256, 1024, 15)
     keys = jax.random.split(jax.random.key(0), 7)
     x = jax.random.normal(keys[0], (tokens, d))

@@ -280,14 +280,14 @@ def run(experiments: Sequence[Any], options: Options) -> int:
     else:
         lab: Lab | None = None
         for experiment in experiments:
-            results = folder_of(size, jax.devices()[0].platform, options.results)
+            results = folder_of(size, jax.devices()[0].device_kind, options.results)
             if not experiment.finished(results, size):
                 lab = lab or Lab(Setting(size), options.work / options.size)
                 experiment.work(lab, results, until)
             with locked(options.work / options.size / "publish.lock", wait=True):  # another may need the rates that this one chose
                 if experiment.finished(results, size):
                     experiment.publish(results, size)
-    results = folder_of(size, "cpu" if options.workers > 1 else jax.devices()[0].platform, options.results)
+    results = folder_of(size, "cpu" if options.workers > 1 else jax.devices()[0].device_kind, options.results)
     done = [experiment.finished(results, size) for experiment in experiments]
     for experiment, finished in zip(experiments, done, strict=True):
         if finished:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -292,8 +293,9 @@ class Setting:
 
 
 def folder_of(size: Size, device: str, results: Path) -> Path:
-    """Where the results of a size lie: those of an accelerator apart from those of the CPU."""
-    return results / (size.folder if device == "cpu" else f"{size.folder}-{device}")
+    """Where the results of a size lie, by kind of device: those of an accelerator apart from those of the CPU."""
+    name = re.sub(r"[^a-z0-9]+", "_", device.lower())
+    return results / (size.folder if name == "cpu" else f"{size.folder}_{name}")
 
 
 def selected(names: Sequence[str], known: Sequence[str]) -> list[str]:

@@ -15,10 +15,11 @@ pytest.importorskip("resvg_py")
 pytest.importorskip("emoji")
 pytest.importorskip("sklearn")
 
-from experiments.ablations import runner
+from experiments.ablations import pages, runner
+from experiments.ablations.__main__ import entries
 from experiments.ablations.catalogue import EXPERIMENTS
 from experiments.ablations.chains import VISUAL, Arm, Lab, Step, locked, optimizer_with_rate, with_rate
-from experiments.ablations.runner import Options
+from experiments.ablations.runner import Claim, Options, Score, more
 from experiments.ablations.setting import SIZES, Setting
 from monovl_jax.training.optimizer import make_optimizer
 from monovl_jax.training.stages import Stage
@@ -108,15 +109,21 @@ def _check(experiment, lab: Lab, results: Path) -> None:
         assert f"**{claim['word']}**" in (folder / "page.md").read_text()
 
 
-def test_tuning_strategy_at_toy_size(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    experiment = EXPERIMENTS[0]
-    assert experiment.name == "tuning_strategy"
-    small = dataclasses.replace(experiment, rates=experiment.rates[:2])
+def test_an_experiment_runs_resumes_and_publishes(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    whole = EXPERIMENTS[0]
+    delta = whole.arm("experts delta")
+    small = dataclasses.replace(
+        whole,
+        arms=(dataclasses.replace(delta, steps=delta.steps[:1]),),
+        claims=(Claim("a model beats itself", delta.name, delta.name, more(whole.score), 1.0, "points"),),
+        columns=(whole.score, Score("prose", "prose", "P1", "nats per token")),
+        panels=(whole.panels[0], whole.panels[2]),
+        rates=whole.rates[:2],
+    )
     _check(small, lab, tmp_path)
-    runs = small.runs(tmp_path, TOY)
-    first = runs["experts delta"][0]
-    assert first["stages"][0]["scores"]["prose"] == first["stages"][2]["scores"]["prose"], "the language model is frozen"
-    assert runs["experts full"][0]["stages"][2]["scores"]["prose"] != first["stages"][0]["scores"]["prose"]
+    assert small.summarise(tmp_path, TOY)["verdict"] == "not reproduced"
+    first = small.runs(tmp_path, TOY)[delta.name][0]
+    assert first["stages"][0]["scores"]["prose"] == first["stages"][1]["scores"]["prose"], "the language model is frozen"
 
     monkeypatch.setattr(lab, "run", lambda *_: pytest.fail("everything is there"))
     small.work(lab, tmp_path, float("inf"))
@@ -125,7 +132,7 @@ def test_tuning_strategy_at_toy_size(lab: Lab, tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("experiment", EXPERIMENTS[1:], ids=lambda experiment: experiment.name)
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda experiment: experiment.name)
 def test_every_experiment_at_toy_size(experiment, lab: Lab, tmp_path: Path):
     for needed in EXPERIMENTS:
         if needed.name in experiment.after:
@@ -145,6 +152,12 @@ def test_the_published_page_says_what_its_runs_say(experiment):
     summary = json.loads((results / experiment.name / "summary.json").read_text(encoding="utf-8"))
     assert summary == json.loads(json.dumps(experiment.summarise(results, size))), f"run python -m experiments.ablations.{experiment.name}"
     assert (results / experiment.name / "page.md").read_text(encoding="utf-8") == experiment.page(summary, results)
+
+
+def test_the_published_index_says_what_the_summaries_say():
+    results = runner.RESULTS / "ablations"
+    assert (results / "index.md").read_text(encoding="utf-8") == pages.index(entries(results)), "run python -m experiments.ablations"
+    assert (results / "index.html").read_text(encoding="utf-8") == pages.gallery(entries(results), results)
 
 
 def test_the_command_knows_its_experiments(capsys: pytest.CaptureFixture[str]):
