@@ -17,10 +17,15 @@ pytest.importorskip("sklearn")
 
 from experiments.ablations import pages, runner
 from experiments.ablations.__main__ import entries
+from experiments.ablations.attention_experts import rows_until, samples_saved
+from experiments.ablations.attention_maps import locality, places, to_picture
 from experiments.ablations.catalogue import EXPERIMENTS
 from experiments.ablations.chains import VISUAL, Arm, Lab, Step, locked, optimizer_with_rate, with_rate
+from experiments.ablations.routing_cost import functions, rows_computed
 from experiments.ablations.runner import Claim, Options, Score, more
+from experiments.ablations.scaling_pilot import fit, predict, uncertainty
 from experiments.ablations.setting import SIZES, Setting
+from monovl_jax.model.layers import rms_norm
 from monovl_jax.training.optimizer import make_optimizer
 from monovl_jax.training.stages import Stage
 from tests.quick import quick_jit
@@ -79,6 +84,62 @@ def test_what_experts_start_from(lab: Lab):
         assert same == [initialise == "copy"] * 2
         zero = [not np.any(blocks[p]["visual"][n]) for p, n in (("mlp", "down"), ("attention", "out"))]
         assert zero == [initialise == "zero output"] * 2
+
+
+def test_norms_of_their_own_would_add_nothing_to_experts():
+    """expert_initialisation leaves out norms per modality: the rows of an expert's own projection absorb their scale."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    x, w = jax.random.normal(keys[0], (5, 8)), jax.random.normal(keys[1], (8, 3))
+    shared, own = 1 + jax.random.uniform(keys[2], (8,)), 1 + jax.random.uniform(keys[3], (8,))
+    absorbed = rms_norm(x, shared, 1e-5) @ (w * (own / shared)[:, None])
+    np.testing.assert_allclose(rms_norm(x, own, 1e-5) @ w, absorbed, rtol=1e-4, atol=1e-5)
+
+
+def test_samples_saved_are_counted_at_the_score_of_the_weaker():
+    def run(*visual: float) -> dict:
+        curve = [{"rows": 10 * (i + 1), "visual": v} for i, v in enumerate(visual)]
+        return {"stages": [{}, {"stage": "S", "rows": 10 * len(visual), "curve": curve, "scores": {"visual": visual[-1]}}]}
+
+    fast, slow = run(20.0, 40.0, 60.0), run(10.0, 20.0, 30.0)
+    assert rows_until(fast, 30.0) == 15.0 and rows_until(slow, 30.0) == 30.0
+    assert samples_saved(fast, slow) == pytest.approx(1.0) and samples_saved(slow, fast) == pytest.approx(-1.0)
+    assert samples_saved(fast, fast) == 0.0
+
+
+def test_attention_measures_by_hand():
+    at = places(4, 4)
+    assert at.tolist()[:5] == [[0, 0], [0, 1], [1, 0], [1, 1], [0, 2]] and len(at) == 16
+    even = np.tril(np.ones((16, 16)))[None]
+    assert locality(even, at) == pytest.approx(1.0)
+    near = np.eye(16, k=-1)[None]  # looks at the token just before it
+    assert locality(near, at) < 0.75
+    visual, text = np.array([[False, True, True, False]]), np.array([[False, False, False, True]])
+    weights = np.zeros((1, 4, 4))
+    weights[0, 3] = [0.25, 0.25, 0.25, 0.25]
+    assert to_picture(weights, visual, text) == pytest.approx(1.0)
+    weights[0, 3] = [0, 1, 0, 0]
+    assert to_picture(weights, visual, text) == pytest.approx(2.0)
+
+
+def test_the_scaling_fit_finds_a_power_law():
+    n, d = np.array([1e5, 1e5, 1e6, 1e6]), np.array([1e3, 1e4, 1e3, 1e4])
+    coefficients = fit(n, d, 3 * n**-0.1 * d**-0.2)
+    np.testing.assert_allclose(coefficients, [np.log(3), -0.1, -0.2], rtol=1e-6)
+    np.testing.assert_allclose(uncertainty(n, d, predict(coefficients, n, d), 5), np.tile(coefficients, (5, 1)), rtol=1e-6)
+
+
+def test_every_way_of_routing_computes_the_same():
+    visual = np.array([0, 1, 1, 0, 1, 0, 0, 1], np.int32)
+    keys = jax.random.split(jax.random.key(0), 7)
+    x = jax.random.normal(keys[0], (8, 4))
+    weights = [jax.random.normal(k, s) for k, s in zip(keys[1:], ((4, 6), (4, 6), (6, 4)) * 2, strict=True)]
+    experts = tuple(weights[:3]), tuple(weights[3:])
+    made = {name: f(x, experts, jnp.asarray(visual)) for name, f in functions(visual).items()}
+    for name in ("gather", "ours"):
+        np.testing.assert_allclose(made[name], made["both"], rtol=1e-4, atol=1e-5)
+    assert not np.allclose(made["dense"], made["both"])
+    rows = rows_computed(visual)
+    assert (rows["dense"], rows["gather"], rows["both"]) == (8, 8, 16) and 8 <= rows["ours"] <= 16
 
 
 def test_noise_gives_pictures_the_text_of_others(lab: Lab):
