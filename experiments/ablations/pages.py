@@ -33,8 +33,8 @@ class Panel:
     label: str
 
 
-def draw(panels: Sequence[Panel], runs: Mapping[str, Sequence[Run]], texts: Mapping[str, str], path: Path) -> None:
-    """Writes the plot of an experiment. Raises nothing for arms without runs: they are left out."""
+def draw(panels: Sequence[Panel], runs: Mapping[str, Sequence[Run]], path: Path) -> None:
+    """Writes the plot of an experiment; an arm without runs is left out."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.2 * len(panels), 3.6), layout="constrained")

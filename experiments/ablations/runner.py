@@ -240,7 +240,7 @@ class Experiment:
         """Writes summary, plot and page."""
         summary = self.summarise(results, size)
         folder = results / self.name
-        pages.draw(self.panels, self.runs(results, size), {arm.name: arm.text for arm in self.arms}, folder / "plot.png")
+        pages.draw(self.panels, self.runs(results, size), folder / "plot.png")
         write_json(folder / "summary.json", summary)
         (folder / "page.md").write_text(self.page(summary, results), encoding="utf-8")
         return summary
