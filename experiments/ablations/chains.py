@@ -55,7 +55,7 @@ POINTS = 4
 class Step:
     """A stage of an arm, independent of the size of the run.
 
-    units: how long, in `Size.steps`. rate: its learning rate as a share of the run's. text_share: rows of text alone beside those with
+    units: how long, in `Size.steps`. text_share: rows of text alone beside those with
     pictures, as a share of all rows.
     """
 
@@ -63,7 +63,6 @@ class Step:
     trainable: tuple[str, ...]
     lessons: tuple[tuple[str, float], ...]
     units: float
-    rate: float = 1.0
     schedule: Literal["constant", "cosine"] = "cosine"
     text_share: float = 0.0
 
@@ -186,11 +185,11 @@ class Lab:
         links = [self._link("", self.text_stage(seed), plain, size.text_rate, seed, None)]
         for number, step in enumerate(arm.steps):
             initialise = arm.initialise if number == 0 and arm.experts != "none" else None
-            links.append(self._link(links[-1].key, self.stage(step, seed), config, rate * step.rate, seed, initialise))
+            links.append(self._link(links[-1].key, self.stage(step, seed), config, rate, seed, initialise))
         return links
 
     def _link(self, before: str, stage: Stage, config: ModelConfig, rate: float, seed: int, initialise: Initialise | None) -> Link:
-        said = (before, repr(stage), repr(config), f"{rate:.9g}", seed, initialise, self.setting.digest(), POINTS)
+        said = (before, repr(stage), repr(config), f"{rate:.9g}", seed, initialise, self.setting.digest, POINTS)
         return Link(hashlib.sha256(repr(said).encode()).hexdigest()[:20], stage, config, rate, seed, initialise)
 
     # ---- what is there -------------------------------------------------------------------------------------------------------------

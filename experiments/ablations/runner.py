@@ -149,14 +149,21 @@ class Experiment:
             yield from ((arm, rate, seed) for arm in self.arms if (rate := rates[arm.name]) is not None)
 
     def finished(self, results: Path, size: Size) -> bool:
+        """Whether every run left its file."""
         rates = [self.rate(results, arm, size) for arm in self.arms]
         return None not in rates and all(self.file(results, *job).is_file() for job in self.jobs(results, size))
 
+    def missing(self, lab: Lab, results: Path) -> list[tuple[Arm, float, int]]:
+        """The runs that can start now: those without a file, or with one of other stages, lessons or samples than today's."""
+        return [job for job in self.jobs(results, lab.setting.size) if not self._there(lab, results, job)]
+
+    def _there(self, lab: Lab, results: Path, job: tuple[Arm, float, int]) -> bool:
+        run = self.load(results, *job)
+        return run is not None and run["stages"][-1]["key"] == lab.chain(*job)[-1].key
+
     def work(self, lab: Lab, results: Path, until: float) -> None:
         """Makes runs until there are none left, or `until` (monotonic seconds). Another process may work beside this one."""
-        size = lab.setting.size
-        while time.monotonic() < until and not self.finished(results, size):
-            missing = [job for job in self.jobs(results, size) if not self.file(results, *job).is_file()]
+        while time.monotonic() < until and (missing := self.missing(lab, results)):
             if not any(self._attempt(lab, results, job, until) for job in missing):
                 time.sleep(0.5)  # all that is left is in another process's hands
 
@@ -164,10 +171,10 @@ class Experiment:
         """Makes a run unless it is there, in other hands, or too late; whether it was made."""
         arm, rate, seed = job
         path = self.file(results, *job)
-        if path.is_file() or time.monotonic() >= until:
+        if time.monotonic() >= until:
             return False
         with locked(lab.folder / "runs" / f"{self.name}-{path.stem}.lock", wait=False) as mine:
-            if not mine or path.is_file():
+            if not mine or self._there(lab, results, job):
                 return False
             began = time.monotonic()
             records = lab.run(arm, rate, seed)
@@ -281,9 +288,8 @@ def run(experiments: Sequence[Any], options: Options) -> int:
         lab: Lab | None = None
         for experiment in experiments:
             results = folder_of(size, jax.devices()[0].device_kind, options.results)
-            if not experiment.finished(results, size):
-                lab = lab or Lab(Setting(size), options.work / options.size)
-                experiment.work(lab, results, until)
+            lab = lab or Lab(Setting(size), options.work / options.size)
+            experiment.work(lab, results, until)
             with locked(options.work / options.size / "publish.lock", wait=True):  # another may need the rates that this one chose
                 if experiment.finished(results, size):
                     experiment.publish(results, size)

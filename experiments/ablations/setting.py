@@ -6,6 +6,7 @@ The pictures and texts are those of `monovl demo` (docs/demo.md): drawings, digi
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import re
 import tempfile
@@ -176,23 +177,29 @@ class Setting:
     def config(self, experts: Experts, attention_output: bool = True) -> ModelConfig:
         return self.size.model(self.tokenizer.vocab_size, experts, attention_output)
 
+    @functools.cached_property
     def digest(self) -> str:
-        """Identifies data and scoring, so that runs of other lessons are never mixed in."""
-        said = (sorted(LESSONS.items()), NOISE, TASKS, self.size.questions, self.tokenizer.fingerprint())
-        return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
+        """Identifies lessons, samples and scoring, so that runs on other data are never mixed in."""
+        said = hashlib.sha256(repr((sorted(LESSONS.items()), NOISE, TASKS, self.size.questions, self.tokenizer.fingerprint())).encode())
+        for name in sorted(LESSONS):
+            source = self.source(name, 0)
+            for index in range(8):
+                said.update(source[index].ids.tobytes() + source[index].tiles.tobytes())
+        return said.hexdigest()[:16]
 
     # ---- data ----------------------------------------------------------------------------------------------------------------------
+
+    def source(self, lesson: str, seed: int) -> WorldSource:
+        """The samples of a lesson."""
+        kind = NoisySource if lesson in NOISY else WorldSource
+        return kind(self.world, LESSONS[lesson], self.layout, seed, SAMPLES)
 
     def feed(self, config: ModelConfig) -> Feed:
         """The data of any stage whose mixture names LESSONS; the order depends on `Stage.seed` alone."""
 
         def parts(stage: Stage, mixture: Mapping[str, float], tokens: int, tiles: int) -> list[Part]:
             del tokens, tiles
-            made = []
-            for name, weight in mixture.items():
-                kind = NoisySource if name in NOISY else WorldSource
-                made.append(Part(kind(self.world, LESSONS[name], self.layout, stage.seed, SAMPLES), weight, name))
-            return made
+            return [Part(self.source(name, stage.seed), weight, name) for name, weight in mixture.items()]
 
         return Feed(config.vision, self.layout.context_id, parts, window=512)
 
