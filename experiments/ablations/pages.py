@@ -131,7 +131,7 @@ def page(experiment: Any, summary: Mapping[str, Any]) -> str:
         for name, found in summary["arms"].items()
     ]
     tried = [
-        (name, ", ".join(f"{rate}: {score:.1f}" for rate, score in found["tried"].items()) or "taken over", f"{found['chosen']:g}")
+        (name, ", ".join(f"{rate}: {score:.1f}" for rate, score in found["tried"].items()) or "taken over", _chosen(found))
         for name, found in summary["rates"].items()
     ]
     n = len(summary["seeds"])
@@ -152,6 +152,13 @@ def page(experiment: Any, summary: Mapping[str, Any]) -> str:
         f"    python -m experiments.ablations.{experiment.name}\n"
     )
     return "\n\n".join(parts)
+
+
+def _chosen(found: Mapping[str, Any]) -> str:
+    """The rate taken, and whether a better one may lie beyond those tried."""
+    rates = sorted(map(float, found["tried"]))
+    at_edge = len(rates) > 1 and found["chosen"] in (rates[0], rates[-1])
+    return f"{found['chosen']:g}" + (", the edge of those tried" if at_edge else "")
 
 
 def index(entries: Sequence[tuple[Any, Mapping[str, Any] | None]]) -> str:

@@ -128,7 +128,7 @@ class Experiment:
         return {rate: self.score.of(run) for rate, run in runs.items() if run is not None}
 
     def rate(self, results: Path, arm: Arm, size: Size) -> float | None:
-        """The learning rate of an arm, None while it is not known. Raises ExperimentError when another experiment must choose it first."""
+        """The learning rate of an arm, None while it is not known."""
         if self.rate_from is None:
             tried = self.tried(results, arm, size)
             return best_rate(tried) if len(tried) == len(self.rates) else None
@@ -162,10 +162,16 @@ class Experiment:
         return run is not None and run["stages"][-1]["key"] == lab.chain(*job)[-1].key
 
     def work(self, lab: Lab, results: Path, until: float) -> None:
-        """Makes runs until there are none left, or `until` (monotonic seconds). Another process may work beside this one."""
+        """Makes runs until there are none left, or `until` (monotonic seconds). Another process may work beside this one.
+
+        Raises ExperimentError when another experiment must choose the learning rate first.
+        """
         while time.monotonic() < until and (missing := self.missing(lab, results)):
             if not any(self._attempt(lab, results, job, until) for job in missing):
                 time.sleep(0.5)  # all that is left is in another process's hands
+        if time.monotonic() < until and not self.finished(results, lab.setting.size):
+            needed = " and ".join(f"python -m experiments.ablations.{name}" for name in self.after)
+            raise ExperimentError(f"{self.name} takes its learning rate from another experiment; run {needed} first")
 
     def _attempt(self, lab: Lab, results: Path, job: tuple[Arm, float, int], until: float) -> bool:
         """Makes a run unless it is there, in other hands, or too late; whether it was made."""
@@ -297,7 +303,8 @@ def run(experiments: Sequence[Any], options: Options) -> int:
     done = [experiment.finished(results, size) for experiment in experiments]
     for experiment, finished in zip(experiments, done, strict=True):
         if finished:
-            print(f"{experiment.name}: {experiment.publish(results, size)['verdict'] or 'measured'}")
+            summary = json.loads((results / experiment.name / "summary.json").read_text(encoding="utf-8"))
+            print(f"{experiment.name}: {summary['verdict'] or 'measured'}", flush=True)
     return 0 if all(done) else 3
 
 
