@@ -192,6 +192,25 @@ def test_an_experiment_runs_resumes_and_publishes(lab: Lab, tmp_path: Path, monk
     assert not small.finished(tmp_path, TOY)
 
 
+def test_what_must_run_first_is_named(lab: Lab, tmp_path: Path):
+    later = next(experiment for experiment in EXPERIMENTS if getattr(experiment, "rate_from", None))
+    with pytest.raises(runner.ExperimentError, match=r"run python -m experiments.ablations.tuning_strategy first"):
+        later.work(lab, tmp_path, float("inf"))
+    later.work(lab, tmp_path, 0.0)  # no time left: to be continued, no error
+    assert not later.finished(tmp_path, TOY)
+
+
+def test_a_run_of_other_stages_is_made_again(lab: Lab, tmp_path: Path):
+    experiment = dataclasses.replace(EXPERIMENTS[0], rates=(1e-3,))
+    arm = experiment.arms[0]
+    key = lab.chain(arm, 1e-3, TOY.tuning_seed)[-1].key
+    path = experiment.file(tmp_path, arm, 1e-3, TOY.tuning_seed)
+    path.parent.mkdir(parents=True)
+    for said, there in ((key, True), ("of yesterday", False)):
+        path.write_text(json.dumps({"stages": [{"key": said, "stage": "I", "scores": {"visual": 1.0}}]}))
+        assert ((arm, 1e-3, TOY.tuning_seed) not in experiment.missing(lab, tmp_path)) == there
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda experiment: experiment.name)
 def test_every_experiment_at_toy_size(experiment, lab: Lab, tmp_path: Path):
