@@ -132,6 +132,13 @@ class Link:
     initialise: Initialise | None
 
 
+@functools.lru_cache(maxsize=8)
+def _fresh(config: ModelConfig, seed: int) -> Tree:
+    """Untrained parameters."""
+    any_stage = Stage("any", EVERYTHING, 1, 1, 1.0, 2, 0, {"any": 1.0})
+    return initial_parameters(Recipe("ablation", config, (any_stage,), seed=seed))
+
+
 class Lab:
     """Trains links and keeps what they leave, in `folder`. Two processes with one folder share the work."""
 
@@ -222,7 +229,7 @@ class Lab:
 
         "zero output" experts are random ones whose last matrices are 0: at first they add nothing.
         """
-        fresh = initial_parameters(Recipe("ablation", link.config, (link.stage,), seed=link.seed))
+        fresh = _fresh(link.config, link.seed)
         if before is None:
             return fresh
         old = flatten(self.parameters(before))
