@@ -59,7 +59,7 @@ def measure(lab: Lab, results: Path) -> Result:
         wide = dataclasses.replace(
             size, hidden_size=round(width * size.hidden_size), intermediate_size=round(width * size.intermediate_size)
         )
-        own = Lab(Setting(wide), lab.folder)
+        own = Lab(Setting(wide, lab.setting.world), lab.folder)
         for budget in BUDGETS:
             step = Step("S1", VISUAL, (("clean", 1.0), ("tasks", 1.0)), budget)
             record = own.run(Arm(f"{width:g} wide", "", "ffn", (step,)), RATE / width, size.tuning_seed)[-1]
