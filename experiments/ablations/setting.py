@@ -157,7 +157,7 @@ class _Questions:
 
 
 class Setting:
-    """The world, the tokens, the data of every stage and the scores, at one size. world: one that is there already (making it takes 3 s)."""
+    """The world, the tokens, the data of every stage and the scores, at one size. world: one that is there already (3 s to make)."""
 
     def __init__(self, size: Size, world: World | None = None):
         self.size, self.ops, self.world = size, Ops(implementation=size.implementation), world or World()
