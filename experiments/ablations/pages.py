@@ -24,7 +24,7 @@ class Panel:
     """One set of axes.
 
     arms: one row per arm with a mark for each seed and a bar at the mean; `value` is a function of a run.
-    curve: a score against the samples seen, mean and range over the seeds; `value` names the score.
+    curve: a score against the samples seen, mean and range of the seeds; `value` names the score.
     """
 
     kind: Literal["arms", "curve"]
@@ -82,10 +82,12 @@ def _curve(panel: Panel, ax: Any, runs: Mapping[str, Sequence[Run]]) -> None:
     for number, (name, mine) in enumerate(runs.items()):
         rows = points(mine[0], panel.value)[0]
         values = np.array([points(run, panel.value)[1] for run in mine])
-        style = {"color": GREYS[number % 6], "linestyle": LINES[number % 6]}
-        ax.plot(rows, values.mean(0), marker=MARKS[number % 6], markersize=4, label=name, **style)
-        ax.fill_between(rows, values.min(0), values.max(0), color=GREYS[number % 6], alpha=0.12, linewidth=0)
-    ax.set_xlabel("packed rows seen after stage 0\nlines: mean over seeds; bands: their range", fontsize=9)
+        mean = values.mean(0)
+        shift = 0.004 * max(rows) * (number - (len(runs) - 1) / 2)  # so that whiskers do not lie on each other
+        style = {"color": GREYS[number % 6], "linestyle": LINES[number % 6], "marker": MARKS[number % 6], "markersize": 4}
+        whiskers = {"yerr": (mean - values.min(0), values.max(0) - mean), "elinewidth": 0.8, "capsize": 1.5}
+        ax.errorbar(np.array(rows) + shift, mean, label=name, linewidth=1.2, **style, **whiskers)
+    ax.set_xlabel("packed rows seen after stage 0\nlines: mean over seeds; whiskers: their range", fontsize=9)
     ax.set_ylabel(panel.label, fontsize=9)
     ax.legend(fontsize=8, frameon=False)
 
