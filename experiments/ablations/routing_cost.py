@@ -111,9 +111,9 @@ def draw(result: Result, path: Path) -> None:
         right.plot(shares, [e["ratio"][method] for e in result["shares"]], label=method, **style)
         low, high = zip(*[e["quartiles"][method] for e in result["shares"]])
         right.fill_between(shares, low, high, color=pages.GREYS[number], alpha=0.12, linewidth=0)
-    for ax, what in ((left, "FLOPs"), (right, "time, forward and backward\n(median of rounds; band: quartiles)")):
+    for ax, what in ((left, "FLOPs"), (right, "time (median and quartiles)")):
         ax.set_xlabel("visual tokens, % of all")
-        ax.set_ylabel(f"{what}, dense FFN = 1" if ax is left else what + ", dense FFN = 1", fontsize=9)
+        ax.set_ylabel(f"{what}, dense FFN = 1", fontsize=9)
         ax.set_ylim(bottom=0)
         ax.grid(color="0.9", linewidth=0.8)
     left.legend(frameon=False, fontsize=9)
