@@ -78,24 +78,33 @@ def measure(lab: Lab, results: Path) -> Result:
 
 
 def draw(result: Result, path: Path) -> None:
-    """Measured points and the fitted curve of each size."""
+    """Measured points, the fitted curve of each size, and the range of its refits."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator, ScalarFormatter
 
     figure = Figure(figsize=(6.5, 4), layout="constrained")
     ax = figure.subplots()
+    every = [np.array([run[key] for run in result["runs"]], float) for key in ("trainable_parameters", "rows", "answer_nll")]
+    refits = uncertainty(*every)
     for number, width in enumerate(WIDTHS):
         mine = [run for run in result["runs"] if run["width"] == width]
         n, rows = (np.array([run[key] for run in mine], float) for key in ("trainable_parameters", "rows"))
-        along = np.geomspace(rows.min(), rows.max(), 50)
+        size, along = np.full(50, n[0]), np.geomspace(rows.min(), rows.max(), 50)
         style = {"color": pages.GREYS[number], "linestyle": pages.LINES[number]}
         ax.plot(rows, [run["answer_nll"] for run in mine], pages.MARKS[number], mfc="none", color=pages.GREYS[number])
-        fitted = predict(np.array(result["coefficients"]), np.full(50, n[0]), along)
-        ax.plot(along, fitted, label=f"{n[0] / 1e6:.2f} M trained parameters", **style)
+        ax.plot(along, predict(np.array(result["coefficients"]), size, along), label=f"{n[0] / 1e6:.2f} M trained parameters", **style)
+        low, high = np.percentile([predict(refit, size, along) for refit in refits], (5, 95), axis=0)
+        ax.fill_between(along, low, high, color=pages.GREYS[number], alpha=0.12, linewidth=0)
     ax.set_xscale("log")
     ax.set_yscale("log")
+    ax.set_xticks(sorted({run["rows"] for run in result["runs"]}))
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter(ScalarFormatter())
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_minor_formatter(ScalarFormatter())
     ax.set_xlabel("packed rows seen after stage 0")
     ax.set_ylabel("answers, nats per token")
-    ax.set_title("marks: runs; lines: the fit over all of them", fontsize=10)
+    ax.set_title("marks: runs; lines: the fit over all of them; bands: 5% to 95% of refits", fontsize=9)
     ax.legend(frameon=False, fontsize=8)
     pages.save(figure, path)
 
