@@ -135,9 +135,7 @@ class Experiment:
         other, name = self.rate_from
         path = results / other / "summary.json"
         if not path.is_file():
-            raise ExperimentError(
-                f"{self.name} takes the learning rate that {other} chose; run python -m experiments.ablations.{other} first"
-            )
+            return None
         return float(json.loads(path.read_text(encoding="utf-8"))["rates"][name]["chosen"])
 
     def jobs(self, results: Path, size: Size) -> Iterator[tuple[Arm, float, int]]:
