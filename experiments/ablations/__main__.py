@@ -37,7 +37,10 @@ def publish_index(results: Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Arguments(Options):
-    """names: experiments to run, by default all, in the order in which they need each other."""
+    """Runs the ablations, and goes on where they were stopped.
+
+    names: experiments to run, by default all, in the order in which they need each other.
+    """
 
     names: tyro.conf.Positional[tuple[str, ...]] = ()
 

@@ -91,12 +91,12 @@ def optimizer_with_rate(stage: Stage) -> Optimizer:
     """
     unit = make_optimizer(dataclasses.replace(stage, learning_rate=1.0, schedule="constant", warmup_steps=0))
 
-    def init(parameters: Any) -> Rate:
-        del parameters
+    def init(params: Any) -> Rate:
+        del params
         return Rate(jnp.zeros((), jnp.float32))
 
-    def update(updates: Any, state: Rate, parameters: Any = None) -> tuple[Any, Rate]:
-        del parameters
+    def update(updates: Any, state: Any, params: Any = None, **_: Any) -> tuple[Any, Any]:
+        del params
         return jax.tree.map(lambda u: state.rate * u, updates), state
 
     return Optimizer(optax.chain(unit.transform, optax.GradientTransformation(init, update)), unit.schedule)

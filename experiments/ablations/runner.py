@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import tyro
@@ -273,7 +273,7 @@ class Options:
     runs after so long, exit code 3; the same command goes on. work: where stages shared by runs are kept. results: where results go.
     """
 
-    size: str = "cpu"
+    size: Literal["cpu", "10x", "toy"] = "cpu"
     workers: int = 2
     minutes: float = math.inf
     work: Path = Path("runs/ablations")

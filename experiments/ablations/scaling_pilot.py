@@ -84,8 +84,8 @@ def draw(result: Result, path: Path) -> None:
 
     figure = Figure(figsize=(6.5, 4), layout="constrained")
     ax = figure.subplots()
-    every = [np.array([run[key] for run in result["runs"]], float) for key in ("trainable_parameters", "rows", "answer_nll")]
-    refits = uncertainty(*every)
+    n, rows, loss = (np.array([run[key] for run in result["runs"]], float) for key in ("trainable_parameters", "rows", "answer_nll"))
+    refits = uncertainty(n, rows, loss)
     for number, width in enumerate(WIDTHS):
         mine = [run for run in result["runs"] if run["width"] == width]
         n, rows = (np.array([run[key] for run in mine], float) for key in ("trainable_parameters", "rows"))
