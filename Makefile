@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-all lint format demo clean
+.PHONY: help install test test-all lint format demo ablations clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,10 @@ format: install  ## let ruff mend style and formatting
 
 demo: install  ## watch a vision-language model learn to see; ends in runs/demo/report.html
 	$(BIN)/monovl demo
+
+ablations: install  ## reproduce the papers' ablations, small (hours; run it again to continue); ends in experiments/results/ablations/
+	$(BIN)/python -m experiments.ablations
+	$(BIN)/python -m experiments.readme
 
 clean:  ## remove .venv and caches (runs/ stays)
 	rm -rf "$(VENV)" .pytest_cache .ruff_cache .hypothesis

@@ -44,6 +44,20 @@ def demo_table(demo: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def ablation_table() -> str:
+    """What came out of the papers' ablations; empty before any has run."""
+    lines = ["| claim of a paper, small | result | command |", "|---|---|---|"]
+    for path in sorted((RESULTS / "ablations").glob("*/summary.json")):
+        summary, name = json.loads(path.read_text(encoding="utf-8")), path.parent.name
+        words = [claim["word"] for claim in summary["claims"]]
+        if words:
+            title = (path.parent / "page.md").read_text(encoding="utf-8").split("\n")[0].removeprefix("# ")
+            counted = ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words))
+            page = f"experiments/results/ablations/{name}/page.md"
+            lines.append(f"| [{title}]({page}) | {summary['verdict']} ({counted}) | `python -m experiments.ablations.{name}` |")
+    return "\n".join(lines) + "\n" if len(lines) > 2 else ""
+
+
 def render() -> str:
     """The block between the markers."""
     demo, step, parity = _read("demo.json"), _read("train_step.json"), _read("parity.json")
@@ -104,7 +118,8 @@ Measured on two CPU cores with jax {demo["jax"]}; the files are in `experiments/
 {table}
 
 {demo_table(demo)}
-"""
+
+{ablation_table()}"""
 
 
 PAGES: dict[Path, tuple[str, str, Callable[[], str]]] = {
