@@ -64,8 +64,9 @@ def topology(name: str) -> list[Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """HBM of one chip in bytes, as the compiler gives them; temporaries do not hold the arguments. aliased: outputs that lie in donated arguments. over: None where the program
-    compiled; else what it would need in all, found too much by the compiler, which then tells nothing else."""
+    """HBM of one chip in bytes, as the compiler gives them; temporaries do not hold the arguments. aliased: outputs that lie in donated
+    arguments. over: None where the program compiled; else what it would need in all, found too much by the compiler, which then tells
+    nothing else."""
 
     arguments: int = 0
     outputs: int = 0
