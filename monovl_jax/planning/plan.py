@@ -96,6 +96,8 @@ def fitted(recipe: Recipe, stage: Stage, mesh: Mesh, remat: str, hbm: int, accum
 
     Raises MeshError when the mesh cannot divide the model, or the rows of a micro-batch.
     """
+    if accumulation:
+        stage = dataclasses.replace(stage, accumulation=accumulation)
     for field in ("batch_size", "text_rows"):
         check_rows(getattr(stage, field) // (accumulation or 1), f"stage {stage.name!r}: {field}", mesh)
     masters, held, batch = held_bytes(recipe, stage, mesh)

@@ -23,8 +23,14 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-"""Environment under which libtpu compiles on a machine without a TPU, also in two processes at once."""
+LIBTPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+}
+"""Environment under which libtpu compiles on a machine without a TPU, also in two processes at once. The last two change nothing of a
+topology that is asked for by name; without them libtpu warns that it finds no TPU."""
 
 _NAME = re.compile(r"[a-z0-9]+:\d+x\d+(x\d+)?")
 _NEEDED = re.compile(
@@ -58,8 +64,9 @@ def topology(name: str) -> list[Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """HBM of one chip in bytes, as the compiler gives them. aliased: outputs that lie in donated arguments. over: None where the program
-    compiled; else what it would need in all, found too much by the compiler, which then tells nothing else."""
+    """HBM of one chip in bytes, as the compiler gives them; temporaries do not hold the arguments. aliased: outputs that lie in donated
+    arguments. over: None where the program compiled; else what it would need in all, found too much by the compiler, which then tells
+    nothing else."""
 
     arguments: int = 0
     outputs: int = 0

@@ -177,7 +177,11 @@ def serve(
         answering = compiled(
             "decode",
             lambda: decode.lower(graphdef, weights, None, state, rules, until, ops=ops),
-            {"weights": weights, "cache": state.cache, "rest": (dataclasses.replace(state, cache=None), rules)},
+            {
+                "weights": weights,
+                "cache": state.cache,
+                "rest": [state.token, state.lengths, state.longest, state.done, state.seen, state.ids, state.step, rules],
+            },
         )
     flops, visual = step_flops(config, frozenset()), tiles * vision.tokens_per_tile
     pairs = rows * width * (width + 1) / 2 + rows * width * (slots - width) / 2  # a later piece sees half of the others, on average
