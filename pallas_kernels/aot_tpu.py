@@ -132,7 +132,7 @@ def without_number(name: str) -> str:
     return re.sub(r"[.\d]+$", "", name)
 
 
-def profile(topology: str, case: str, tokens: int, width: int, inner: int) -> dict[str, dict[str, float]]:
+def profile(topology: str, case: str, tokens: int, width: int, inner: int) -> dict[str, Any]:
     """Cycles of each operation of one case, and the VMEM of its kernels. libtpu reads its flags once: a process profiles one case."""
     generation = topology.split(":")[0]
     with _profiles() as folder:

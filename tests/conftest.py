@@ -1,4 +1,4 @@
-"""What every test gets: JAX on the CPU, one core per test process, checked type annotations, slow tests on request."""
+"""What every test gets: JAX on the CPU, checked type annotations, slow tests on request."""
 
 import os
 import subprocess
@@ -11,8 +11,9 @@ import pytest
 # Before anything imports jax. A machine with an accelerator is asked for by name: JAX_PLATFORMS=cuda pytest ...
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "PYTEST_XDIST_WORKER" in os.environ:  # parallel test processes share the cores: one each, not all of them each
-    for variable in ("NPROC", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ.setdefault(variable, "1")
+os.environ.setdefault("NPROC", "8")  # XLA's threads: with fewer, Pallas's interpreters, whose cores wait for each other, may wait for good
 
 from jaxtyping import install_import_hook
 

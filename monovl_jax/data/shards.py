@@ -141,7 +141,7 @@ class ShardIndex:
 def array_record() -> Any:
     """The module that reads and writes ArrayRecord files. Raises MetaError where there is none, as on Windows."""
     try:
-        from array_record.python import array_record_module
+        from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]  # compiled, without types
     except ImportError as error:
         raise MetaError(
             f"prepared data needs the package array_record, which cannot be loaded here ({error}); install it with pip, on Linux or macOS, "
