@@ -50,8 +50,9 @@ CHIPS: dict[str, Chip] = {
 """By generation. hbm is what libtpu names in its refusals; bandwidth from Google's Cloud TPU pages; links from
 "How to scale your model"."""
 
-FILL = 0.95
-"""Share of the HBM that the formula may fill when it chooses micro-batches."""
+FILL = 0.85
+"""Share of the HBM that the formula may fill when it chooses micro-batches. Nearer to the brim the compiler computes things twice to save
+memory, and takes minutes more to find out which."""
 
 SORTED_ROWS = 512
 """Rows by which tokens sorted by expert are padded, about."""

@@ -52,7 +52,9 @@ def test_a_recipe_is_planned(tmp_path: Path) -> None:
         assert stage["kernels"], "no Mosaic kernel in the program"
         rows = {(row["kind"], row["axes"]): row for row in stage["collectives"]}
         assert any("fsdp" in axes for _, axes in rows) and any("tensor" in axes for _, axes in rows)
-        assert stage["notes"] == [] and stage["costs"]["step"] > 0
+        assert stage["costs"]["step"] > 0
+        (note,) = stage["notes"]  # the loss walks over supervised tokens, of which only the data knows how many
+        assert note.startswith("1 loops have no known trip count")
     assert visual["state_bytes"]["masters"] < everything["state_bytes"]["masters"]
     assert "equal to the sum over shardings" in first.stdout
     again = run(tmp_path, *flags)

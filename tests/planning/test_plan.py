@@ -20,7 +20,7 @@ from monovl_jax.planning import program, report
 from monovl_jax.planning import sweep as sweeping
 from monovl_jax.planning.collectives import Collective
 from monovl_jax.planning.compile import CompiledStage
-from monovl_jax.planning.estimate import CHIPS, Costs
+from monovl_jax.planning.estimate import CHIPS, FILL, Costs
 from monovl_jax.planning.plan import StagePlan, fitted, mend, notes
 from monovl_jax.planning.program import Memory, Program
 from monovl_jax.recipes.evip import evip_2b
@@ -183,7 +183,7 @@ def test_a_sweep_ranks_by_formula_and_compiles_three(no_compiler: list[Any], mon
     (stage_told,) = json.loads(out.read_text())["stages"]
     steps = [candidate["step"] for candidate in stage_told["candidates"]]
     assert steps == sorted(steps) and len(stage_told["compiled"]) == 3
-    assert all(candidate["filled"] <= 0.95 and candidate["mesh"]["tensor"] == 2 for candidate in stage_told["candidates"])
+    assert all(candidate["filled"] <= FILL and candidate["mesh"]["tensor"] == 2 for candidate in stage_told["candidates"])
     assert seen == [(candidate["mesh"], candidate["remat"]) for candidate in stage_told["candidates"][:3]]
     with Image.open(picture) as image:
         assert image.height > 300
