@@ -20,6 +20,7 @@ from monovl_jax.planning.estimate import CHIPS, FILL, Costs, accumulations, esti
 from monovl_jax.planning.program import PlanError, cache_folder, topology
 from monovl_jax.planning.sweep import REMATS, Candidate, guessed_collectives, ranked
 from monovl_jax.recipes import launch
+from monovl_jax.recipes.find import adapted, find_recipe
 from monovl_jax.training.optimizer import make_optimizer
 from monovl_jax.training.stages import Recipe, Stage
 from monovl_jax.training.trainable import model_structure
@@ -279,7 +280,7 @@ def prepare(
     """
     check_outputs(outputs)
     config = None if init is None else launch.find_start(init).config
-    return launch.adapted(launch.find_recipe(recipe, config), stages, batch_size=batch_size, sequence_length=sequence_length)
+    return adapted(find_recipe(recipe, config), stages, batch_size=batch_size, sequence_length=sequence_length)
 
 
 EXPECTED_ERRORS = (PlanError, *launch.EXPECTED_ERRORS)

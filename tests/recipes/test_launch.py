@@ -30,6 +30,7 @@ from monovl_jax.data.tiling import TilingConfig
 from monovl_jax.model import Ops
 from monovl_jax.pretrained import from_pretrained
 from monovl_jax.recipes import launch
+from monovl_jax.recipes.find import adapted, find_recipe
 from monovl_jax.training.metrics import read_log
 from monovl_jax.training.stages import RecipeError
 from monovl_jax.training.trainable import digests
@@ -306,22 +307,22 @@ def test_recipes_that_cannot_be_found(home: Path) -> None:
 
 
 def test_recipes_by_name() -> None:
-    evip = launch.find_recipe("evip")
-    assert evip == launch.find_recipe("evip:evip_2b") == launch.find_recipe("monovl_jax.recipes.evip:recipe") and evip.name == "evip_2b"
-    assert launch.find_recipe("evip_plus_plus").model.decoder.experts == "ffn+attention"
-    sft = launch.find_recipe("sft", tiny())
+    evip = find_recipe("evip")
+    assert evip == find_recipe("evip:evip_2b") == find_recipe("monovl_jax.recipes.evip:recipe") and evip.name == "evip_2b"
+    assert find_recipe("evip_plus_plus").model.decoder.experts == "ffn+attention"
+    sft = find_recipe("sft", tiny())
     assert sft.copy_experts_before is None and sft.stages[0].steps == 5_197 and sft.stages[0].warmup_steps == 156
     assert sft.model == dataclasses.replace(tiny(), max_tiles=6)
-    assert launch.find_recipe("sft:lora", tiny()).stages[0].trainable == ()
-    with pytest.raises(launch.LaunchError, match="sft:recipe works on a model you bring; give --init"):
-        launch.find_recipe("sft")
-    cut = launch.adapted(evip, ["S2", "S1.3"], steps=7, seed=5)
+    assert find_recipe("sft:lora", tiny()).stages[0].trainable == ()
+    with pytest.raises(RecipeError, match="sft:recipe works on a model you bring; give --init"):
+        find_recipe("sft")
+    cut = adapted(evip, ["S2", "S1.3"], steps=7, seed=5)
     assert [s.name for s in cut.stages] == ["S1.3", "S2"] and {(s.steps, s.warmup_steps, s.seed) for s in cut.stages} == {(7, 7, 5)}
     assert cut.copy_experts_before is None and cut.seed == 5
-    assert launch.adapted(evip) == evip
+    assert adapted(evip) == evip
     with pytest.raises(RecipeError, match="steps is 0"):
-        launch.adapted(evip, steps=0)
-    changed = launch.adapted(evip, ["S2"], batch_size=4, accumulation=2, trainable=("^vision/",), learning_rate=None).stages[0]
+        adapted(evip, steps=0)
+    changed = adapted(evip, ["S2"], batch_size=4, accumulation=2, trainable=("^vision/",), learning_rate=None).stages[0]
     assert (changed.batch_size, changed.accumulation, changed.trainable) == (4, 2, ("^vision/",))
     assert changed.learning_rate == evip.stage("S2").learning_rate
 
