@@ -150,13 +150,13 @@ def test_the_plain_command_takes_the_faster_remat_that_fits(no_compiler: list[An
 
 
 def test_where_the_compiler_disagrees_more_micro_batches_are_tried(no_compiler: list[Any], monkeypatch, capsys) -> None:
-    """A program of twice what the formula says: the next is chosen by that, and no third is needed."""
+    """A program of three times what the formula says: the next is chosen by that, and no third is needed."""
     tried: list[int] = []
 
     def plan_stage(of: Any, stage: Any, mesh: Mesh, remat: str, name: str, hbm: int, *rest: Any) -> StagePlan:
         tried.append(stage.accumulation)
         need = planning.fitted(of, stage, mesh, remat, hbm, stage.accumulation).need
-        memory = Memory(over=2 * need) if 2 * need > hbm else Memory(temporaries=2 * need)
+        memory = Memory(over=3 * need) if 3 * need > hbm else Memory(temporaries=3 * need)
         program = dataclasses.replace(compiled(GIB).program, memory=memory, text="")
         return dataclasses.replace(planned(), compiled=dataclasses.replace(compiled(GIB), stage=stage, program=program), hbm=hbm)
 
