@@ -20,6 +20,7 @@ from monovl_jax.parallel.sharding import RULES, parameter_shardings, partition_s
 from monovl_jax.training.optimizer import make_optimizer
 from monovl_jax.training.step import BatchError, make_eval_step, make_train_step, micro_batches, place_batch
 from monovl_jax.training.trainable import cast, digests, flatten, merge_trees, model_structure, select, split_tree
+from tests.quick import quick_jit
 from tests.training.worlds import OPS, VISUAL, image_rows, plain_parameters, stage, text_rows
 
 CONFIG = tiny()
@@ -77,7 +78,7 @@ def test_loss_and_gradient_equal_full_logits(batch: tuple, ops: Ops) -> None:
         sums = [naive_nll(nnx.merge(graphdef, trainable, frozen), part) for part in batch]
         return sum(s for s, _ in sums) / sum(w for _, w in sums)
 
-    value, gradients = jax.value_and_grad(loss)(trainable)
+    value, gradients = quick_jit(jax.value_and_grad(loss))(trainable)
     _, _, _, (metrics,) = run(TRAINED, batch, ops=ops)
     assert metrics["loss"] == pytest.approx(float(value), rel=1e-6)
     norm = np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(gradients)))
