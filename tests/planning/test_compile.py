@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import checkify
 
 from monovl_jax.planning.program import Memory, PlanError, Program, cache_folder, compile_program, program_key
 
@@ -122,6 +124,21 @@ def test_the_key_holds_all_that_decides() -> None:
     devices = jax.devices()[:1]
     keys = {program_key("a", {}, devices), program_key("b", {}, devices), program_key("a", {"x": 1}, devices), program_key("a", {}, [])}
     assert len(keys) == 4 and program_key("a", {"x": 1, "y": 2}, devices) == program_key("a", {"y": 2, "x": 1}, devices)
+
+
+def test_the_key_does_not_depend_on_what_was_traced_before() -> None:
+    """Every `checkify.debug_check` of a process has its own number."""
+
+    def lowered() -> str:
+        def checked(x: jax.Array) -> jax.Array:
+            checkify.debug_check(jnp.all(x > 0), "x is {}", x[0])
+            return 2 * x
+
+        return jax.jit(checked).lower(jnp.ones(3)).as_text()
+
+    first, second = lowered(), lowered()
+    assert program_key(first, {}, []) == program_key(second, {}, [])
+    assert program_key(first, {}, []) != program_key(first.replace("dense<2.0", "dense<3.0"), {}, [])
 
 
 def test_where_programs_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
