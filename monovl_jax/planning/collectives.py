@@ -34,6 +34,7 @@ _CONDITION = re.compile(r"condition=%?([\w.-]+)")
 _LIMIT = re.compile(r" = [su](?:8|16|32|64)\[\][^ ]* constant\((\d+)\)")
 _STARTED = re.compile(r"^\s+%?(?:async-collective-start[\w.-]* = .*|[\w.-]+ = .* async-start\(.*) ?calls=%?([\w.-]+)")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
 _LISTED = re.compile(r"replica_groups=\{(\{[\d,{} ]*\})\}")
 _PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{} ]*\})\}")
 
@@ -76,6 +77,12 @@ def replica_groups(line: str) -> list[list[int]]:
         if iota[3]:
             ids = ids.transpose([int(n) for n in iota[3].split(",")])
         return ids.reshape(shape).tolist()
+    if named := _NAMED.search(line):  # by the axes of a mesh, as newer compilers write: mesh['data'=2,'fsdp'=4] {'fsdp'}
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", named[1])}
+        axes = [list(sizes).index(name) for name in re.findall(r"'([^']*)'", named[2])]
+        ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+        inside = math.prod(ids.shape[axis] for axis in axes)
+        return np.moveaxis(ids, axes, range(-len(axes), 0)).reshape(-1, inside).tolist()
     listed = _LISTED.search(line) or _PAIRS.search(line)
     return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d, ]+)\}", listed[1])] if listed else []
 

@@ -52,7 +52,7 @@ CHIPS: dict[str, Chip] = {
 
 FILL = 0.85
 """Share of the HBM that the formula may fill when it chooses micro-batches. Nearer to the brim the compiler computes things twice to save
-memory, and takes minutes more to find out which."""
+memory."""
 
 SORTED_ROWS = 512
 """Rows by which tokens sorted by expert are padded, about."""

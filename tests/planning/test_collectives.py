@@ -146,6 +146,8 @@ def test_replica_groups() -> None:
     assert replica_groups("replica_groups=[4,2]<=[2,4]T(1,0)") == [[0, 4], [1, 5], [2, 6], [3, 7]]
     assert replica_groups("source_target_pairs={{0,1},{1,2}}") == [[0, 1], [1, 2]]
     assert replica_groups("replica_groups={}") == []
+    assert replica_groups("replica_groups=mesh['data'=2,'fsdp'=2,'tensor'=2] {'fsdp'}, dimensions={0}") == [[0, 2], [1, 3], [4, 6], [5, 7]]
+    assert replica_groups("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}, x") == [[0, 1, 4, 5], [2, 3, 6, 7]]
     assert group_axes([[0, 8], [1, 9]], MESH) == "data"
     assert group_axes([[0, 1, 8, 9]], MESH) == "data+tensor"
     assert group_axes([], {"data": 1, "fsdp": 4, "tensor": 2}) == "fsdp+tensor"

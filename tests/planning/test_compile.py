@@ -35,7 +35,7 @@ sizes = {path: math.prod(leaf.shape) for path, leaf in shapes.items()}
 print(json.dumps([found, sizes, sorted(model_structure(of.model).stored)]))
 """
 
-QUICK = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+QUICK = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 
 
 def test_arguments_are_the_sum_over_shardings(run_python) -> None:
