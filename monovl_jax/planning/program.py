@@ -1,7 +1,7 @@
 """One program compiled by the TPU compiler for devices that are not there: its memory and its text. Nothing is allocated, nothing runs.
 
 What the compiler said is kept on disk, so that the same program is not compiled twice: the key holds the program itself, the compiler's
-options and version, and the places of the devices. JAX's own cache of executables does not serve: it loads them onto devices.
+options and version, and the places of the devices.
 """
 
 from __future__ import annotations
