@@ -43,7 +43,7 @@ def agree(run_python: Callable[..., str], experts: str, meshes: list[tuple[int, 
     worst = json.loads(run_python(code, timeout=900, XLA_FLAGS=QUICK))
     assert list(worst) == [str(sizes) for sizes in meshes]
     for sizes, (loss, path, difference, entries) in worst.items():
-        assert entries > 20 and loss <= BAR and difference <= BAR, f"mesh {sizes}: loss {loss}, gradient of {path} {difference}"
+        assert entries >= 20 and loss <= BAR and difference <= BAR, f"mesh {sizes}: loss {loss}, gradient of {path} {difference}"
 
 
 def test_a_mesh_of_three_axes_equals_one_device(run_python: Callable[..., str]) -> None:
