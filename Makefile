@@ -1,7 +1,7 @@
 # Everything a newcomer needs: `make demo` and `make test`. Both install first when .venv is absent or out of date.
 
 VENV ?= .venv
-WORKERS ?= 2# test processes; each computes on one core
+WORKERS ?= 2# test processes
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile

@@ -68,6 +68,12 @@ def render() -> str:
     ratio = step["ratio_to_dense"]
     bench = "`python -m experiments.benchmarks.train_step`"
     outputs = f"{parity['cases']} recorded cases, {parity['checks']} outputs, {parity['failed']} outside tolerance"
+    data = _read("data.json")
+    packed = data["packing"]["shapes"]["rows of sft"]
+    piped = (
+        f"{data['tiles']['ratio_to_pillow']['prepared']:.2f}x bare Pillow; packing leaves {packed['token_waste']:.1%} of token slots and "
+        f"{packed['tile_waste']:.1%} of tile slots empty in rows of sft; the demo waits {data['demo_wait']['share']:.2%} of its time for data"
+    )
     saved = [
         (
             f"the same steps with every expert on every token ({name})",
@@ -102,6 +108,7 @@ def render() -> str:
         ("a train step with visual FFN experts", f"{ratio['ffn']:.2f}x the dense model without experts", bench),
         ("with attention experts too", f"{ratio['ffn+attention']:.2f}x", bench),
         *saved,
+        ("pictures to packed batches, one core", piped, "`python -m experiments.benchmarks.data`"),
         *converted,
         *asked,
         (

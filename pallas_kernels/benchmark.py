@@ -17,6 +17,7 @@ import collections
 import datetime
 import functools
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -200,7 +201,10 @@ def main() -> None:
         a.out.parent.mkdir(parents=True, exist_ok=True)
         a.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
         if not a.static:
-            draw(result, a.out.with_suffix(".png"))
+            try:
+                draw(result, a.out.with_suffix(".png"))
+            except ModuleNotFoundError as error:
+                print(f"{a.out} is written, its picture needs {error.name}: pip install matplotlib", file=sys.stderr)
 
 
 if __name__ == "__main__":

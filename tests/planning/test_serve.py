@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -56,9 +57,10 @@ def test_a_long_prompt_is_read_in_pieces(one_device: None, monkeypatch: pytest.M
         ("mono", {}, "no model is called 'mono'; known: mono_internvl_2b"),
         ("tiny", {"new_tokens": 0}, "new_tokens is 0; give at least 1"),
         ("tiny", {"batch_size": -1}, "batch_size is -1; give at least 1"),
+        ("tiny", {"sweep": True, "mesh_fsdp": 8}, "not training; leave out --mesh.fsdp, --sweep"),
     ],
 )
-def test_what_cannot_be_served(model: str, sizes: dict[str, int], words: str, one_device: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_served(model: str, sizes: dict[str, Any], words: str, one_device: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.plan(model, topology="v5e:1x1", serve=True, **sizes) == 2  # pyright: ignore[reportArgumentType]
     printed = capsys.readouterr()
     assert words in printed.err and printed.out == ""
