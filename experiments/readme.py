@@ -72,7 +72,7 @@ def render() -> str:
     packed = data["packing"]["shapes"]["rows of sft"]
     piped = (
         f"{data['tiles']['ratio_to_pillow']['prepared']:.2f}x bare Pillow; packing leaves {packed['token_waste']:.1%} of token slots and "
-        f"{packed['tile_waste']:.1%} of tile slots empty in rows of sft; the demo waits {data['demo_wait']['share']:.2%} of its time for data"
+        f"{packed['tile_waste']:.1%} of tile slots of sft rows empty; the demo waits {data['demo_wait']['share']:.2%} of its time"
     )
     saved = [
         (
