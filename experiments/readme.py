@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/kernels.md from experiments/results, so that no number there is typed by hand.
+"""Writes the tables of README.md, docs/kernels.md and docs/performance.md from experiments/results: no number there is typed by hand.
 
 python -m experiments.readme          # after new results; a test fails when a page is out of date
 """
@@ -129,8 +129,27 @@ Measured on two CPU cores with jax {demo["jax"]}; the files are in `experiments/
 {ablation_table()}"""
 
 
+def routing_gap() -> str:
+    """Why a train step gains less by routing than the operations it saves."""
+    step = _read("train_step.json")
+    ms, operations = {k: 1e3 * v for k, v in step["median_seconds"].items()}, step["matmul_operations"]
+    lines = ["| experts | dense | routed | masked both | time saved | operations saved |", "|---|---|---|---|---|---|"]
+    for name, over in step["masked_both_over_routed"].items():
+        times = f"{ms['none']:.0f} ms | {ms[name]:.0f} ms | {ms[f'{name}, masked both']:.0f} ms"
+        lines.append(f"| {name} | {times} | {over['time']:.2f}x | {over['operations']:.2f}x |")
+    saved, gained = operations["ffn, masked both"] - operations["ffn"], ms["ffn, masked both"] - ms["ffn"]
+    matmul = operations["ffn"] / saved * gained
+    return f"""
+{chr(10).join(lines)}
+
+With FFN experts, routing saves {saved / 1e9:.1f} GFLOP and {gained:.0f} ms, {saved / gained / 1e6:.0f} GFLOP/s. At that speed all matmuls
+of the routed step take {matmul:.0f} of its {ms["ffn"]:.0f} ms; the rest (softmax, norms, AdamW, gathers) is the same on both sides.
+"""
+
+
 PAGES: dict[Path, tuple[str, str, Callable[[], str]]] = {
     ROOT / "README.md": (BEGIN, END, render),
+    ROOT / "docs" / "performance.md": (BEGIN, END, routing_gap),
     ROOT / "docs" / "kernels.md": (kernel_tables.BEGIN, kernel_tables.END, kernel_tables.render),
 }
 """The pages with generated blocks: the markers around it, and what stands between them."""

@@ -1,4 +1,4 @@
-"""Every number in the tables of the README and of docs/kernels.md comes from a results file."""
+"""Every number in the generated blocks of the README and of docs/ comes from a results file."""
 
 from pathlib import Path
 
