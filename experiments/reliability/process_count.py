@@ -29,7 +29,7 @@ import tyro
 DEVICES, STEPS, SAMPLES, SAVE_EVERY = 4, 20, 320, 4
 LENGTH, CONTEXT, FIRST_DIGIT = 20, 3, 100
 KILLED = 9
-QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+QUICK = "--xla_backend_optimization_level=0"
 """Most of the time here is compiling."""
 
 

@@ -10,7 +10,7 @@ import pytest
 from tests.parallel.meshes import EIGHT
 
 # Correct programs, not fast ones.
-QUICK = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+QUICK = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 BAR = 1e-5
 
 COMPARE = """
