@@ -173,7 +173,7 @@ def write_sweep_picture(path: Path, title: str, sweeps: Sequence[Sweep], rows: i
         axes.invert_yaxis()
         axes.set(xlabel="seconds a step, by formula; diamonds: with the compiled program's collectives", title=f"{title}, {sweep.stage}")
         axes.tick_params(labelsize=8)
-    panels[0].legend(fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)
     _save(figure, path)
 
 
@@ -195,5 +195,5 @@ def write_picture(path: Path, title: str, plans: Sequence[StagePlan]) -> None:
     axes.axvline(plans[0].hbm / GIB, color="black", linestyle="--", label="HBM of a chip")
     axes.invert_yaxis()
     axes.set(xlabel="GiB per chip", title=title)
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3)
     _save(figure, path)
