@@ -5,6 +5,9 @@
 Half of the tokens are visual, less one, so that both experts end in a partly filled tile. The estimate knows no contention for memory, so a
 kernel counts with the larger of the estimate and the time its bytes take at the chip's bandwidth. The floor is what the matmuls of the
 dense layer take, compiled one by one.
+
+The estimator walks through every step of a kernel's grid, and needs 20 GB for the backward pass of 16,384 tokens. Above MOST_TOKENS
+everything is compiled at two smaller sizes, two row tiles apart, and what a tile adds is counted as often as there are tiles.
 """
 
 from __future__ import annotations
@@ -36,7 +39,9 @@ from pallas_kernels.vjp import to_slots, to_tokens
 
 CHIPS = {"v5e": (1.5e9, 819e9), "v5p": (1.75e9, 2765e9), "v6e": (1.75e9, 1640e9)}
 """Clock in Hz, inferred from the published peak, and memory bandwidth in bytes per second."""
-CASE_SECONDS = 400
+CASE_SECONDS = 600
+MOST_TOKENS = 4096
+"""Up to so many a case is compiled at its own size."""
 LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 
@@ -143,14 +148,35 @@ def profile(topology: str, case: str, tokens: int, width: int, inner: int) -> di
             if case not in ("permutation", "routing"):  # they have no kernels, and the text of a program with gathers cannot be had
                 vmem = vmem_of_kernels(program.as_text())
         cycles = _cycles(folder)
-    clock, bandwidth = CHIPS[generation]
-    bound = bytes_of_kernels(f, *args)
-    if case == "permutation":  # rows in and out, twice
-        bound["permutation"] = 2 * 2 * (args[0].size + args[1].size)
-        cycles = collections.Counter({"permutation": sum(cycles.values())})
-    elif case != "routing":  # what is copied around a kernel that is compiled alone is no part of it
+    if case in ("permutation", "routing"):
+        cycles = collections.Counter({case: sum(cycles.values())})
+    else:  # what is copied around a kernel that is compiled alone is no part of it
         cycles = collections.Counter({name: count for name, count in cycles.items() if name.startswith("routed_")})
-    return {"cycles": {name: max(float(count), bound[name] * clock / bandwidth) for name, count in cycles.items()}, "vmem": vmem}
+    return {"cycles": {name: float(count) for name, count in cycles.items()}, "vmem": vmem}
+
+
+def bounded(topology: str, case: str, cycles: dict[str, float], tokens: int, width: int, inner: int) -> dict[str, float]:
+    """The cycles of `profile`, or those that the bytes of an operation take at the chip's bandwidth where they are more."""
+    generation = topology.split(":")[0]
+    clock, bandwidth = CHIPS[generation]
+    f, args = kernel_cases(generation, tokens, width, inner)[case]
+    moved = bytes_of_kernels(f, *args)
+    if case == "permutation":  # rows in and out, twice
+        moved["permutation"] = 2 * 2 * (args[0].size + args[1].size)
+    return {name: max(count, moved[name] * clock / bandwidth) for name, count in cycles.items()}
+
+
+def compiled_tokens(generation: str, tokens: int) -> tuple[int, ...]:
+    """The token counts at which a case is compiled, to know what it takes for `tokens`."""
+    return (tokens,) if tokens <= MOST_TOKENS else (MOST_TOKENS, MOST_TOKENS + 2 * TPU_ROWS[generation])
+
+
+def extended(sizes: tuple[int, ...], cycles: list[dict[str, float]], tokens: int) -> dict[str, float]:
+    """The cycles of `tokens` tokens on the line through those of one size, which is `tokens`, or of two."""
+    if len(sizes) == 1:
+        return cycles[0]
+    (first, second), (small, large) = sizes, cycles
+    return {name: count + (large[name] - count) * (tokens - first) / (second - first) for name, count in small.items()}
 
 
 def dense_floor(topology: str, tokens: int, width: int, inner: int) -> dict[str, float]:
@@ -178,29 +204,45 @@ def dense_floor(topology: str, tokens: int, width: int, inner: int) -> dict[str,
 
 
 def report(topology: str, tokens: int, width: int, inner: int) -> dict[str, Any]:
-    """The floor and `profile` of every case, each in a process of its own that is given CASE_SECONDS, and what follows from them."""
-    sizes = ["--tokens", str(tokens), "--width", str(width), "--inner", str(inner)]
-    found: dict[str, Any] = {}
-    for case in ("floor", *kernel_cases(topology.split(":")[0], tokens, width, inner)):
-        command = [sys.executable, "-m", "pallas_kernels.benchmark", "--static", topology, "--case", case, *sizes]
-        print(f"{topology}, {tokens} tokens: {case}", file=sys.stderr, flush=True)
-        try:
-            child = subprocess.run(
-                command, capture_output=True, text=True, timeout=CASE_SECONDS, env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=False
-            )
-        except subprocess.TimeoutExpired:
-            found[case] = f"no estimate within {CASE_SECONDS} s"
-            continue
-        found[case] = json.loads(child.stdout.splitlines()[-1]) if child.returncode == 0 else f"no estimate: {child.stderr.strip()[-300:]}"
+    """The floor and `profile` of every case, and what follows from them. Each is made in a process of its own, which has CASE_SECONDS."""
+    generation = topology.split(":")[0]
+    found: dict[str, list[Any]] = {}
+    for case in ("floor", *kernel_cases(generation, tokens, width, inner)):
+        for size in compiled_tokens(generation, tokens):
+            print(f"{topology}, {size} tokens: {case}", file=sys.stderr, flush=True)
+            found.setdefault(case, []).append(_in_process(topology, case, size, width, inner))
     return record(topology, tokens, width, inner, found)
 
 
-def record(topology: str, tokens: int, width: int, inner: int, found: dict[str, Any]) -> dict[str, Any]:
-    """What is written of a report; found: by case, what `dense_floor` and `profile` return, or a word on why there is nothing."""
-    cycles = {case: r["cycles"] if isinstance(r, dict) and "cycles" in r else r for case, r in found.items()}
+def _in_process(topology: str, case: str, tokens: int, width: int, inner: int) -> dict[str, Any] | str:
+    sizes = ["--tokens", str(tokens), "--width", str(width), "--inner", str(inner)]
+    command = [sys.executable, "-m", "pallas_kernels.benchmark", "--static", topology, "--case", case, *sizes]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    try:
+        child = subprocess.run(command, capture_output=True, text=True, timeout=CASE_SECONDS, env=environment, check=False)
+    except subprocess.TimeoutExpired:
+        return f"no estimate within {CASE_SECONDS} s"
+    return json.loads(child.stdout.splitlines()[-1]) if child.returncode == 0 else f"no estimate: {child.stderr.strip()[-300:]}"
+
+
+def record(topology: str, tokens: int, width: int, inner: int, found: dict[str, list[Any]]) -> dict[str, Any]:
+    """What is written of a report.
+
+    found: by case, for each size of `compiled_tokens`, the result of `dense_floor` or `profile`, or a word on why there is none.
+    """
+    sizes = compiled_tokens(topology.split(":")[0], tokens)
+    cycles: dict[str, Any] = {}
+    for case, results in found.items():
+        if word := next((r for r in results if isinstance(r, str)), None):
+            cycles[case] = word
+        elif case == "floor":
+            cycles[case] = extended(sizes, results, tokens)
+        else:
+            cycles[case] = bounded(topology, case, extended(sizes, [r["cycles"] for r in results], tokens), tokens, width, inner)
     return {
         "topology": topology,
         "tokens": tokens,
+        "compiled at": sizes,
         "width": width,
         "inner": inner,
         "dtype": "bfloat16",
@@ -209,7 +251,7 @@ def record(topology: str, tokens: int, width: int, inner: int, found: dict[str, 
         "date": str(datetime.date.today()),
         "ratios": ratios(cycles),
         "cycles": cycles,
-        "vmem": {case: r["vmem"] for case, r in found.items() if isinstance(r, dict) and r.get("vmem")},
+        "vmem": {case: r[0]["vmem"] for case, r in found.items() if isinstance(r[0], dict) and r[0].get("vmem")},
     }
 
 

@@ -83,6 +83,35 @@ def test_others_are_those_that_run_here() -> None:
         assert "megablox" in ragged.others()
 
 
+def test_the_estimate_of_many_tokens_is_a_line_through_two_sizes() -> None:
+    assert aot_tpu.compiled_tokens("v6e", 4096) == (4096,) and aot_tpu.compiled_tokens("v5e", 16384) == (4096, 5120)
+    sizes = aot_tpu.compiled_tokens("v6e", 16384)
+    cycles = [{"routed_ffn": 30.0 + 2.0 * tokens} for tokens in sizes]
+    assert aot_tpu.extended(sizes, cycles, 16384) == {"routed_ffn": 30.0 + 2.0 * 16384}
+    assert aot_tpu.extended((4096,), [{"routed_ffn": 7.0}], 4096) == {"routed_ffn": 7.0}
+
+
+def test_a_kernel_takes_at_least_what_its_bytes_take() -> None:
+    """On a v6e, 1.75 GHz and 1640 GB/s. The permutation moves both arrays of rows in and out."""
+    at_least = 2 * 2 * (4096 + 5 * 1024) * 2048 * 1.75e9 / 1640e9
+    sizes = {"tokens": 4096, "width": 2048, "inner": 8192}
+    assert aot_tpu.bounded("v6e:2x2", "permutation", {"permutation": 1.0}, **sizes) == {"permutation": pytest.approx(at_least)}
+    assert aot_tpu.bounded("v6e:2x2", "permutation", {"permutation": 1e9}, **sizes) == {"permutation": 1e9}
+    weights = 2 * 3 * 2048 * 8192  # bytes of one expert; each row tile reads its owner's
+    assert aot_tpu.bounded("v6e:2x2", "forward", {"routed_ffn": 1.0}, **sizes)["routed_ffn"] > 5 * weights * 1.75e9 / 1640e9
+
+
+def test_a_record_of_what_was_compiled_and_what_was_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aot_tpu.importlib.metadata, "version", lambda name: f"{name} 1.0")
+    floor = {"dense forward": 1e6, "dense forward + backward": 3e6, "dense under full remat": 3.8e6}
+    larger = {name: 1.5 * count for name, count in floor.items()}
+    small, large = ({"cycles": {"routed_ffn": count}, "vmem": {"routed_ffn": 7}} for count in (1e6, 1.5e6))
+    results = {"floor": [floor, larger], "forward": [small, large], "permutation": [{"cycles": {}, "vmem": {}}, "no estimate within 1 s"]}
+    made = aot_tpu.record("v6e:2x2", 16384, 2048, 8192, results)
+    assert made["compiled at"] == (4096, 6144) and made["ratios"] == {"forward: kernels": 1.0}
+    assert made["cycles"]["permutation"] == "no estimate within 1 s" and made["vmem"] == {"forward": {"routed_ffn": 7}}
+
+
 def test_static_ratios_count_routing_and_permutation_once_for_each_pass() -> None:
     floor = {"dense forward": 100.0, "dense forward + backward": 300.0, "dense under full remat": 380.0}
     cycles = {
