@@ -60,6 +60,22 @@ def delta_table() -> str:
     return "\n".join(lines)
 
 
+def sweep_table() -> str:
+    """The meshes that a sweep compiled, fastest first, beside what its formula said of them."""
+    path = RESULTS / "sweep_v5p.json"
+    if not path.is_file():
+        return ""
+    (stage,) = json.loads(path.read_text(encoding="utf-8"))["stages"]
+    guessed = {(tuple(c["mesh"].values()), c["remat"]): c for c in stage["candidates"]}
+    lines = ["| mesh | remat | step by formula, s | step as compiled, s | HBM by formula | HBM as compiled |", "|---|---|---|---|---|---|"]
+    for plan in stage["compiled"]:
+        sizes, remat = tuple(plan["mesh"].values()), plan["remat"]
+        guess, filled = guessed[sizes, remat], plan["memory_bytes"]["peak"] / plan["memory_bytes"]["hbm"]
+        cells = f"{guess['step']:.3f} | {plan['costs']['step']:.3f} | {guess['filled']:.0%} | {filled:.0%}"
+        lines.append(f"| {' x '.join(map(str, sizes))} | {remat} | {cells} |")
+    return "\n".join(lines)
+
+
 def scaling_table() -> str:
     """Weak scaling, where it was made."""
     path = RESULTS / "weak_scaling.json"
@@ -68,7 +84,7 @@ def scaling_table() -> str:
 
 def render(page: str) -> str:
     """The page with its tables anew; each stands between a comment that names it and `<!-- end -->`."""
-    for name, made in (("stages", stages_table()), ("delta", delta_table()), ("scaling", scaling_table())):
+    for name, made in (("stages", stages_table()), ("delta", delta_table()), ("sweep", sweep_table()), ("scaling", scaling_table())):
         begin = f"<!-- {name}: python -m experiments.planning.tables -->"
         if begin in page:
             before, _, rest = page.partition(begin)
