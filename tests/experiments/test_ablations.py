@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -223,6 +226,21 @@ def test_every_experiment_at_toy_size(experiment, lab: Lab, tmp_path: Path, monk
         if needed.name in experiment.after:
             _run(_with_one_rate(needed), lab, tmp_path)
     _check(_with_one_rate(experiment), lab, tmp_path)
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work(tmp_path: Path):
+    """The command as `make ablations` gives it: two children, every run made once, the page and the index there, exit code 0."""
+    folders = ["--work", str(tmp_path / "work"), "--results", str(tmp_path)]
+    command = [sys.executable, "-m", "experiments.ablations", "tuning_strategy", "--size", "toy", "--workers", "2", *folders]
+    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    child = subprocess.run(command, cwd=runner.ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert child.returncode == 0, child.stderr
+    made = [line.split(": visual score")[0] for line in child.stdout.splitlines() if ": visual score" in line]
+    (experiment,) = (e for e in EXPERIMENTS if e.name == "tuning_strategy")
+    assert len(made) == len(set(made)) == len(experiment.arms) * (len(experiment.rates) + len(TOY.seeds))
+    results = tmp_path / TOY.folder
+    assert (results / "tuning_strategy" / "page.md").is_file() and (results / "index.html").is_file()
 
 
 # ---- what is published -----------------------------------------------------------------------------------------------------------------
