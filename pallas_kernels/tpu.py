@@ -25,9 +25,9 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.routing import TPU_ROWS, Routing
 from pallas_kernels.vjp import Experts, Kernels
 
-COLUMNS = (1024, 512, 256, 128)
-INNER = 512
-"""The most columns of a block of the inner width, which a tile walks."""
+COLUMNS = (2048, 1024, 512, 256, 128)
+MOST_COLUMNS, WIDE = 1024, 2048
+"""The most columns of a block; WIDE in a weight gradient, whose left operand is read again for each block of the right one's columns."""
 
 SUB_ROWS = 256
 """Rows of a sub-block."""
@@ -100,7 +100,7 @@ class Tpu:
 
     def linear_bwd(self, x: jax.Array, dy: jax.Array, kernels: Kernels, routing: Routing) -> tuple[jax.Array, Kernels]:
         (dx,) = self._grouped("linear_dx", _matmul_t, routing, dy, tuple((k,) for k in kernels), transposed=True)
-        return dx, tuple(self._weight_gradients(x, (dy,), routing, e)[0] for e in range(len(kernels)))
+        return dx, tuple(self._weight_gradients((x,), dy, routing, e, rows_first=True)[0] for e in range(len(kernels)))
 
     def swiglu(self, x: jax.Array, experts: Experts, routing: Routing) -> jax.Array:
         return self._reduced("ffn", _ffn, routing, (x,), (), experts, (1, 1, 0), x.shape[1])[0]
@@ -115,11 +115,12 @@ class Tpu:
     def swiglu_bwd(
         self, x: jax.Array, g: jax.Array, u: jax.Array, dy: jax.Array, experts: Experts, routing: Routing
     ) -> tuple[jax.Array, Experts]:
-        dx, h, dg, du = self._reduced("ffn_dx", _ffn_bwd, routing, (dy,), (g, u), experts, (1, 1, 0), x.shape[1], outputs=3)
+        # h, dgate and dup are [F, S]: so every weight gradient is a product of untransposed tiles
+        dx, h, dg, du = self._reduced("ffn_dx", _ffn_bwd, routing, (dy,), (g, u), experts, (1, 1, 0), x.shape[1], outputs=3, transposed=True)
         gradients = []
         for e in range(len(experts)):
-            dgate, dup = self._weight_gradients(x, (dg, du), routing, e)
-            gradients.append((dgate, dup, self._weight_gradients(h, (dy,), routing, e)[0]))
+            dgate, dup = self._weight_gradients((dg, du), x, routing, e, transposed=True)
+            gradients.append((dgate, dup, self._weight_gradients((h,), dy, routing, e)[0]))
         return dx, tuple(gradients)
 
     # -- the three kernels ---------------------------------------------------------------------------------------------------------
@@ -200,11 +201,15 @@ class Tpu:
         axes: tuple[int, ...],
         width: int,
         outputs: int = 0,
+        transposed: bool = False,
     ) -> tuple[jax.Array, ...]:
         """`compute(wide tiles, narrow tiles, weight blocks) -> (narrow output tiles, part of the sum)`, summed over the inner width.
 
         wide: [S, D], read once per tile. narrow: [S, F], F being the inner width that a tile walks in blocks. weights of each expert:
         matrices with F on the axis that `axes` names. Returns the sum [S, width], then the narrow outputs [S, F].
+
+        transposed: `compute` is given the wide tiles transposed, once per row tile, gives both results transposed, and the narrow outputs
+        are [F, S].
         """
         experts, per_expert = len(weights), len(weights[0])
         slots, dtype = routing.source.shape[0], weights[0][0].dtype
@@ -213,36 +218,44 @@ class Tpu:
         def blocks(rows: int, columns: int) -> int:
             weight = sum(w.size // inner for ws in weights for w in ws) * columns
             activations = rows * (sum(a.shape[1] for a in wide) + width + (len(narrow) + outputs) * columns)
-            return 2 * size * (weight + activations) + 4 * rows * (width + 3 * columns)
+            return 2 * size * (weight + activations) + 4 * rows * (width + 3 * columns) + turned * size * rows
 
+        turned = sum(a.shape[1] for a in wide) if transposed else 0
         # every tile reads all of its owner's weights: rows count, columns only decide between tiles of as many
-        rows, columns, sub = self._tiles(routing, inner, blocks, INNER, lambda rows, columns: (rows, columns))
+        rows, columns, sub = self._tiles(routing, inner, blocks, work=lambda rows, columns: (rows, columns))
         tiles, steps = slots // rows, inner // columns
 
         def body(place, *refs):
             place, s, f = self._place(place, routing, rows), tiles - 1 - pl.program_id(0), pl.program_id(1)
             wide_refs, refs = refs[: len(wide)], refs[len(wide) :]
             narrow_refs, refs = refs[: len(narrow)], refs[len(narrow) :]
-            weight_refs, (y, *outs, total) = refs[: experts * per_expert], refs[experts * per_expert :]
+            weight_refs, (y, *outs, total) = refs[: experts * per_expert], refs[experts * per_expert : len(refs) - len(wide) * transposed]
+            turned_refs = refs[len(refs) - len(wide) :] if transposed else wide_refs
+
+            def at(part):
+                return (slice(None), part) if transposed else (part,)
 
             @pl.when(f == 0)
             def _():
                 total[...] = jnp.zeros_like(total)
+                for turned, straight in zip(turned_refs, wide_refs, strict=True):
+                    if transposed:
+                        turned[...] = straight[...].T
 
             for e in range(experts):
                 ws = weight_refs[e * per_expert : (e + 1) * per_expert]
 
                 def tile(part, ws=ws):
-                    results, term = compute([r[part] for r in wide_refs], [r[part] for r in narrow_refs], [w[...] for w in ws])
+                    results, term = compute([r[at(part)] for r in turned_refs], [r[part] for r in narrow_refs], [w[...] for w in ws])
                     for out, result in zip(outs, results, strict=True):
-                        out[part] = result.astype(out.dtype)
-                    total[part] += term
+                        out[at(part)] = result.astype(out.dtype)
+                    total[at(part)] += term
 
                 _filled_parts(place.valid(e, s, rows), rows, sub, rows // 2, tile)
 
             @pl.when(f == steps - 1)
             def _():
-                y[...] = total[...].astype(y.dtype)
+                y[...] = total[...].astype(y.dtype).T if transposed else total[...].astype(y.dtype)
 
         # From the last tile to the first: two cores halve the tiles, the first has one more if they are odd, and idle tiles are the last.
         def read(s, f, place):
@@ -273,32 +286,49 @@ class Tpu:
                 for w, axis in zip(weights[e], axes, strict=True)
             ],
             results=[((slots, width), (rows, width), lambda s, f, place: (tiles - 1 - s, 0))]
-            + [((slots, inner), (rows, columns), lambda s, f, place: (tiles - 1 - s, f))] * outputs,
+            + [
+                ((inner, slots), (columns, rows), lambda s, f, place: (f, tiles - 1 - s))
+                if transposed
+                else ((slots, inner), (rows, columns), lambda s, f, place: (tiles - 1 - s, f))
+            ]
+            * outputs,
             dtype=dtype,
-            scratch=[pltpu.VMEM((rows, width), f32)],
+            scratch=[pltpu.VMEM((width, rows), f32), *(pltpu.VMEM((a.shape[1], rows), a.dtype) for a in wide)]
+            if transposed
+            else [pltpu.VMEM((rows, width), f32)],
             flops=2 * slots * sum(w.size for w in weights[0]),
             moved=self._used(routing, rows) * (sum(rows * a.shape[1] for a in wide + narrow) + sum(w.size for w in weights[0]))
             + slots * (width + outputs * inner),
         )
         return (y, *narrow_out)
 
-    def _weight_gradients(self, x: jax.Array, dys: tuple[jax.Array, ...], routing: Routing, expert: int) -> list[jax.Array]:
-        """x^T @ dy [K, M] for every dy [S, M], over the tiles of one expert; zero where it has none.
+    def _weight_gradients(
+        self,
+        lefts: tuple[jax.Array, ...],
+        right: jax.Array,
+        routing: Routing,
+        expert: int,
+        rows_first: bool = False,
+        transposed: bool = False,
+    ) -> list[jax.Array]:
+        """left @ right [K, M] for every left [K, S], over the tiles of one expert; zero where it has none. right: [S, M].
 
-        Empty slots of x and of dy are never both non-zero, and sub-blocks without tokens, which may hold anything, are not read.
+        rows_first: lefts are [S, K]. transposed: the results are [M, K]. Empty slots of left and of right are never both non-zero, and
+        sub-blocks without tokens, which may hold anything, are not read.
         """
-        (_, k), m, size = x.shape, dys[0].shape[1], x.dtype.itemsize
-        tk, tm = (next(c for c in COLUMNS if width % c == 0) for width in (k, m))
+        slots_axis, size, count = 0 if rows_first else 1, right.dtype.itemsize, len(lefts)
+        k, m = lefts[0].shape[1 - slots_axis], right.shape[1]
+        tk = next(c for c in COLUMNS if c <= MOST_COLUMNS and k % c == 0)
 
         def blocks(rows: int, columns: int) -> int:
-            return 2 * size * rows * (tk + columns * len(dys)) + len(dys) * tk * columns * (4 + 4 + 2 * size)
+            return 2 * size * rows * (count * tk + columns) + count * tk * columns * (4 + 4 + 2 * size)
 
-        rows, tm, sub = self._tiles(routing, m, blocks)
+        rows, tm, sub = self._tiles(routing, m, blocks, WIDE)
         steps = pl.cdiv(routing.expert.shape[0], rows)
 
-        def body(place, x, *refs):
+        def body(place, *refs):
             place, s = self._place(place, routing, rows), pl.program_id(2)
-            dy_refs, dw_refs, totals = refs[: len(dys)], refs[len(dys) : 2 * len(dys)], refs[2 * len(dys) :]
+            left_refs, right_ref, dw_refs, totals = refs[:count], refs[count], refs[count + 1 : 2 * count + 1], refs[2 * count + 1 :]
 
             @pl.when(s == 0)
             def _():
@@ -306,20 +336,28 @@ class Tpu:
                     total[...] = jnp.zeros_like(total)
 
             def tile(part):
-                for total, dy in zip(totals, dy_refs, strict=True):
-                    total[...] += jax.lax.dot_general(x[part], dy[part], (((0,), (0,)), ((), ())), preferred_element_type=f32)
+                for total, left in zip(totals, left_refs, strict=True):
+                    block = left[part] if rows_first else left[:, part]
+                    contracted = (((slots_axis,), (0,)), ((), ()))
+                    total[...] += jax.lax.dot_general(block, right_ref[part], contracted, preferred_element_type=f32)
 
             _filled_parts(place.count[expert] - s * rows, rows, sub, rows - sub + 1, tile)  # never a row that was not written
 
             @pl.when(s == steps - 1)
             def _():
                 for dw, total in zip(dw_refs, totals, strict=True):
-                    dw[...] = total[...].astype(dw.dtype)
+                    result = total[...].astype(dw.dtype)
+                    dw[...] = result.T if transposed else result
 
         def tile(s, place):
             place = self._place(place, routing, rows)
             return place.first[expert] + jnp.minimum(s, jnp.maximum(place.tiles(expert, rows) - 1, 0))
 
+        def left_block(i, j, s, place):
+            return (tile(s, place), i) if rows_first else (i, tile(s, place))
+
+        result = ((m, k), (tm, tk), lambda i, j, s, place: (j, i)) if transposed else ((k, m), (tk, tm), lambda i, j, s, place: (i, j))
+        used = self._used(routing, rows, (expert,)) * rows
         return list(
             self._call(
                 "routed_weight_gradient",
@@ -328,13 +366,13 @@ class Tpu:
                 rows,
                 grid=(k // tk, m // tm, steps),
                 semantics=("parallel", "parallel", "arbitrary"),
-                operands=[(x, (rows, tk), lambda i, j, s, place: (tile(s, place), i))]
-                + [(dy, (rows, tm), lambda i, j, s, place: (tile(s, place), j)) for dy in dys],
-                results=[((k, m), (tk, tm), lambda i, j, s, place: (i, j))] * len(dys),
-                dtype=x.dtype,
-                scratch=[pltpu.VMEM((tk, tm), f32)] * len(dys),
-                flops=2 * routing.expert.shape[0] * k * m * len(dys),
-                moved=self._used(routing, rows, (expert,)) * rows * (k * (m // tm) + len(dys) * m * (k // tk)) + len(dys) * k * m,
+                operands=[(left, (rows, tk) if rows_first else (tk, rows), left_block) for left in lefts]
+                + [(right, (rows, tm), lambda i, j, s, place: (tile(s, place), j))],
+                results=[result] * count,
+                dtype=right.dtype,
+                scratch=[pltpu.VMEM((tk, tm), f32)] * count,
+                flops=2 * routing.expert.shape[0] * k * m * count,
+                moved=used * (count * k * (m // tm) + m * (k // tk)) + count * k * m,
             )
         )
 
@@ -387,7 +425,7 @@ class Tpu:
         routing: Routing,
         width: int,
         blocks: Callable[[int, int], int],
-        most: int = COLUMNS[0],
+        most: int = MOST_COLUMNS,
         work: Callable[[int, int], Any] = lambda rows, columns: 1 / (1 / rows + 1 / columns),
     ) -> tuple[int, int, int]:
         """Rows and columns of a tile, and rows of a sub-block: of the tiles whose blocks fit into VMEM, the one that does most work for
@@ -447,9 +485,10 @@ def _ffn(wide, narrow, weights):
 
 
 def _ffn_bwd(wide, narrow, weights):
-    (dy,), (g, u), (gate, up, down) = wide, (a.astype(f32) for a in narrow), weights
-    dh = _dot_t(dy, down)
+    """Everything transposed, [columns, rows]: so the weights are not, and g and u are turned in place of them, a third as much."""
+    (dy,), (g, u), (gate, up, down) = wide, (a.T.astype(f32) for a in narrow), weights
+    dh = _dot(down, dy)
     s = jax.nn.sigmoid(g)
     act = g * s
     dg, du = ((dh * u * (s + act * (1 - s))).astype(dy.dtype), (dh * act).astype(dy.dtype))
-    return (act * u, dg, du), _dot_t(dg, gate) + _dot_t(du, up)
+    return (act * u, dg, du), _dot(gate, dg) + _dot(up, du)
