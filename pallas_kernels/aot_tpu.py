@@ -7,7 +7,7 @@ kernel counts with the larger of the estimate and the time its bytes take at the
 dense layer take, compiled one by one.
 
 The estimator walks through every step of a kernel's grid, and needs 20 GB for the backward pass of 16,384 tokens. Above MOST_TOKENS
-everything is compiled at two smaller sizes, two row tiles apart, and what a tile adds is counted as often as there are tiles.
+all but the floor is compiled at two smaller sizes, two row tiles apart, and what a tile adds is counted as often as there are tiles.
 """
 
 from __future__ import annotations
@@ -33,9 +33,8 @@ from jax.experimental import topologies
 from jax.extend.core import ClosedJaxpr, Var
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pallas_kernels import make_routing, tpu
+from pallas_kernels import Routing, make_routing, tpu, tpu_permutation
 from pallas_kernels.routing import TPU_ROWS
-from pallas_kernels.vjp import to_slots, to_tokens
 
 CHIPS = {"v5e": (1.5e9, 819e9), "v5p": (1.75e9, 2765e9), "v6e": (1.75e9, 1640e9)}
 """Clock in Hz, inferred from the published peak, and memory bandwidth in bytes per second."""
@@ -80,14 +79,40 @@ def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
+def runs(tokens: int) -> jax.Array:
+    """int32[tokens]: pictures of 1, 3, 5, 7 and 13 tiles of 256 visual tokens, and as long texts, none of which begins with a block."""
+    lengths = (219, *(256 * tiles for tiles in (1, 1, 3, 3, 5, 5, 7, 7, 13, 13) * (1 + tokens // (2 * 29 * 256))))
+    return jnp.repeat(jnp.arange(len(lengths)) % 2, jnp.array(lengths), total_repeat_length=sum(lengths))[:tokens].astype(jnp.int32)
+
+
+def moves_of(routing: Routing, rows: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """What a routing that is known makes of `Tpu.moves`: pairs, and blocks or tiles read, into slot order and back."""
+
+    def counted(by_slot: bool) -> tuple[int, int]:
+        found = tpu_permutation.pairs(routing, rows, by_slot)
+        read = found.block if by_slot else found.tile
+        return int(found.count[0]), 1 + int(jnp.sum(read[1:] != read[:-1]))
+
+    return counted(True), counted(False)
+
+
 def kernel_cases(generation: str, tokens: int, width: int, inner: int) -> dict[str, tuple[Callable[..., Any], tuple]]:
     """What is profiled, each alone, with its operands as parameters of the program. bfloat16."""
     multiple = min(TPU_ROWS[generation], tokens // 4)
-    backend = tpu.Tpu(generation, counts=(tokens // 2 - 1, tokens // 2 + 1))
+    counts = (tokens // 2 - 1, tokens // 2 + 1)
+    moves = moves_of(make_routing(runs(tokens), row_multiple=multiple), tpu.SUB_ROWS)
+    backend = tpu.Tpu(generation, counts=counts, moves=moves)
     x, weights = array(tokens, width), (array(width, inner), array(width, inner), array(inner, width))
     routing = jax.eval_shape(lambda e: make_routing(e, row_multiple=multiple), array(tokens, dtype=jnp.int32))
     slots = routing.source.shape[0]
     rows, hidden, experts = array(slots, width), array(slots, inner), (weights, weights)
+
+    def permutation(x: jax.Array, y: jax.Array, routing: Routing) -> tuple[jax.Array, jax.Array]:
+        return backend.to_slots(x, routing), backend.to_tokens(y, routing)
+
+    def order(expert: jax.Array) -> tuple[Any, ...]:  # what of a routing these kernels use
+        routing = make_routing(expert, row_multiple=multiple)
+        return routing.slot, routing.blocks, routing.counts
 
     def backward(*args: Any) -> Any:
         dx, (_, visual) = backend.swiglu_bwd(*args)
@@ -97,8 +122,8 @@ def kernel_cases(generation: str, tokens: int, width: int, inner: int) -> dict[s
         "forward": (backend.swiglu, (rows, experts, routing)),
         "forward, gate and up saved": (backend.swiglu_fwd, (rows, experts, routing)),
         "backward, text frozen": (backward, (rows, hidden, hidden, rows, experts, routing)),
-        "permutation": (lambda x, y, routing: (to_slots(x, routing), to_tokens(y, routing)), (x, rows, routing)),
-        "routing": (lambda expert: make_routing(expert, row_multiple=multiple), (array(tokens, dtype=jnp.int32),)),
+        "permutation": (permutation, (x, rows, routing)),
+        "routing": (order, (array(tokens, dtype=jnp.int32),)),
     }
 
 
@@ -143,15 +168,13 @@ def profile(topology: str, case: str, tokens: int, width: int, inner: int) -> di
     with _profiles() as folder:
         f, args = kernel_cases(generation, tokens, width, inner)[case]
         vmem: dict[str, int] = {}
-        if not (generation == "v5e" and case == "permutation"):  # there the estimator aborts on gathers: bandwidth alone counts
-            program = compile_for(topology, f, *args)
-            if case not in ("permutation", "routing"):  # they have no kernels, and the text of a program with gathers cannot be had
-                vmem = vmem_of_kernels(program.as_text())
+        program = compile_for(topology, f, *args)
+        vmem = vmem_of_kernels(program.as_text())
         cycles = _cycles(folder)
+    kernels = collections.Counter({name: count for name, count in cycles.items() if name.startswith("routed_")})
     if case in ("permutation", "routing"):
-        cycles = collections.Counter({case: sum(cycles.values())})
-    else:  # what is copied around a kernel that is compiled alone is no part of it
-        cycles = collections.Counter({name: count for name, count in cycles.items() if name.startswith("routed_")})
+        kernels["which tiles" if kernels else case] = sum(count for name, count in cycles.items() if name not in kernels and name != "copy")
+    cycles = kernels  # what is copied around a kernel that is compiled alone is no part of it
     return {"cycles": {name: float(count) for name, count in cycles.items()}, "vmem": vmem}
 
 
@@ -161,14 +184,14 @@ def bounded(topology: str, case: str, cycles: dict[str, float], tokens: int, wid
     clock, bandwidth = CHIPS[generation]
     f, args = kernel_cases(generation, tokens, width, inner)[case]
     moved = bytes_of_kernels(f, *args)
-    if case == "permutation":  # rows in and out, twice
-        moved["permutation"] = 2 * 2 * (args[0].size + args[1].size)
     return {name: max(count, moved[name] * clock / bandwidth) for name, count in cycles.items()}
 
 
-def compiled_tokens(generation: str, tokens: int) -> tuple[int, ...]:
+def compiled_tokens(generation: str, tokens: int, case: str) -> tuple[int, ...]:
     """The token counts at which a case is compiled, to know what it takes for `tokens`."""
-    return (tokens,) if tokens <= MOST_TOKENS else (MOST_TOKENS, MOST_TOKENS + 2 * TPU_ROWS[generation])
+    if tokens <= MOST_TOKENS or case in ("floor", "permutation", "routing"):
+        return (tokens,)
+    return MOST_TOKENS, MOST_TOKENS + 2 * TPU_ROWS[generation]
 
 
 def extended(sizes: tuple[int, ...], cycles: list[dict[str, float]], tokens: int) -> dict[str, float]:
@@ -208,7 +231,7 @@ def report(topology: str, tokens: int, width: int, inner: int) -> dict[str, Any]
     generation = topology.split(":")[0]
     found: dict[str, list[Any]] = {}
     for case in ("floor", *kernel_cases(generation, tokens, width, inner)):
-        for size in compiled_tokens(generation, tokens):
+        for size in compiled_tokens(generation, tokens, case):
             print(f"{topology}, {size} tokens: {case}", file=sys.stderr, flush=True)
             found.setdefault(case, []).append(_in_process(topology, case, size, width, inner))
     return record(topology, tokens, width, inner, found)
@@ -230,19 +253,19 @@ def record(topology: str, tokens: int, width: int, inner: int, found: dict[str, 
 
     found: by case, for each size of `compiled_tokens`, the result of `dense_floor` or `profile`, or a word on why there is none.
     """
-    sizes = compiled_tokens(topology.split(":")[0], tokens)
     cycles: dict[str, Any] = {}
     for case, results in found.items():
+        sizes = compiled_tokens(topology.split(":")[0], tokens, case)
         if word := next((r for r in results if isinstance(r, str)), None):
             cycles[case] = word
         elif case == "floor":
-            cycles[case] = extended(sizes, results, tokens)
+            (cycles[case],) = results
         else:
             cycles[case] = bounded(topology, case, extended(sizes, [r["cycles"] for r in results], tokens), tokens, width, inner)
     return {
         "topology": topology,
         "tokens": tokens,
-        "compiled at": sizes,
+        "kernels compiled at": compiled_tokens(topology.split(":")[0], tokens, "forward"),
         "width": width,
         "inner": inner,
         "dtype": "bfloat16",

@@ -53,7 +53,7 @@ def _choose(implementation: Implementation | None, x: jax.Array, widths: tuple[i
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"implementation is {implementation!r}; use None or one of {', '.join(map(repr, IMPLEMENTATIONS))}")
     generation, cores = tpu_generation(), hopper_cores()
-    why_not_tpu = tpu.unsupported(generation or "v5e", routing.block_rows, widths, x.dtype)
+    why_not_tpu = tpu.unsupported(generation or "v5e", routing.block_rows, widths, x.dtype, bool(interpret))
     if implementation is None:  # pallas_gpu only by name: no GPU has run it yet
         on_tpu = generation and not why_not_tpu
         implementation = "reference" if tokens < SMALL else "pallas_tpu" if on_tpu else "xla"

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.routing import GPU_ROWS, Routing
+from pallas_kernels.routing import GPU_ROWS, Routing, to_slots, to_tokens
 from pallas_kernels.vjp import Experts, Kernels
 
 ROWS = GPU_ROWS
@@ -96,6 +96,8 @@ class Gpu:
 
     cores: int = 132
     interpret: Any = False
+
+    to_slots, to_tokens = staticmethod(to_slots), staticmethod(to_tokens)
 
     def linear(self, x: jax.Array, kernels: Kernels, routing: Routing) -> jax.Array:
         return self._grouped("linear", _first, routing, (x,), (), tuple((k,) for k in kernels))[0]

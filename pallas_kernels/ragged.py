@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.device import tpu_generation
-from pallas_kernels.routing import Routing
-from pallas_kernels.vjp import Biases, Experts, Kernels, to_slots, to_tokens
+from pallas_kernels.routing import Routing, to_slots, to_tokens
+from pallas_kernels.vjp import Biases, Experts, Kernels
 
 
 def _dot(slots: jax.Array, kernels: Kernels, routing: Routing, dot: Callable[..., jax.Array] = jax.lax.ragged_dot) -> jax.Array:

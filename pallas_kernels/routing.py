@@ -108,3 +108,13 @@ def make_routing(expert: jax.Array, num_experts: int = 2, row_multiple: int | No
         start = start + blocks[-1]
     source = jnp.full((slots,), tokens, jnp.int32).at[slot].set(jnp.arange(tokens, dtype=jnp.int32), mode="drop")
     return Routing(expert, source, slot, jnp.stack(blocks), jnp.stack(counts), num_experts, rows)
+
+
+def to_slots(x: jax.Array, routing: Routing) -> jax.Array:
+    """[N, D] tokens -> [S, D] slots; empty slots are zero, so that they add nothing to a weight gradient."""
+    return x.at[routing.source].get(mode="fill", fill_value=0)
+
+
+def to_tokens(x: jax.Array, routing: Routing) -> jax.Array:
+    """[S, D] slots -> [N, D] tokens; padding tokens are zero."""
+    return x.at[routing.slot].get(mode="fill", fill_value=0)

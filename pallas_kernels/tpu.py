@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import tpu_permutation
 from pallas_kernels.routing import TPU_ROWS, Routing
 from pallas_kernels.vjp import Experts, Kernels
 
@@ -30,11 +31,14 @@ MOST_COLUMNS, WIDE = 1024, 2048
 """The most columns of a block; WIDE in a weight gradient, whose left operand is read again for each block of the right one's columns."""
 
 SUB_ROWS = 256
-"""Rows of a sub-block."""
+"""Rows of a sub-block, and of what `tpu_permutation` moves at once: so every sub-block with a token is filled up with zeros."""
 
 VMEM = {"v5e": 62 << 20, "v5p": 32 << 20, "v6e": 62 << 20}
 """Bytes of VMEM for the blocks of a kernel and the compiler's temporaries, by generation; 32 MiB on others. XLA may put results of its own
 beyond these, and counts what the kernel takes on top, so this is half of the memory."""
+
+TWO_CORES = ("v4", "v5p")
+"""Generations whose chips share the parallel dimensions of a grid between two cores."""
 
 LANES = 128
 f32 = jnp.float32
@@ -44,21 +48,18 @@ def _vmem(generation: str) -> int:
     return VMEM.get(generation, 32 << 20)
 
 
-def unsupported(generation: str, rows: int, widths: Sequence[int], dtype: Any) -> str | None:
+def unsupported(generation: str, rows: int, widths: Sequence[int], dtype: Any, interpret: bool = False) -> str | None:
     """Why the kernels cannot run on blocks of so many rows, these widths and this dtype, with the mend; None where they can."""
+    least = 32 // jnp.dtype(dtype).itemsize if interpret else LANES  # rows lie along the lanes where tiles are transposed
     if dtype not in (jnp.bfloat16, jnp.float32):
         return f"x has dtype {jnp.dtype(dtype).name}; cast it to bfloat16 or float32"
     if any(width % LANES for width in widths):
         return f"the widths {tuple(widths)} must be multiples of {LANES}; pad the weights"
-    if rows % _sublanes(dtype):
-        return f"the routing has blocks of {rows} rows, not a multiple of {_sublanes(dtype)}; give make_routing a row_multiple"
+    if rows % least:
+        return f"the routing has blocks of {rows} rows, not a multiple of {least}; give make_routing a row_multiple"
     if max(widths) * LANES * 12 > _vmem(generation):
         return f"a width of {max(widths)} does not fit in VMEM; split the layer"
     return None
-
-
-def _sublanes(dtype: Any) -> int:
-    return 32 // jnp.dtype(dtype).itemsize
 
 
 class Place(NamedTuple):
@@ -89,11 +90,19 @@ class Tpu:
     generation: 'v5e', 'v5p', 'v6e' or another TPU; chooses the tiles.
     interpret: False compiles; True or pltpu.InterpretParams runs the kernels on a CPU, for tests.
     counts: the tokens of each expert, where a program is compiled for one given routing: the benchmark's estimate of cycles.
+    moves: of that routing, the `tpu_permutation.Estimate` into slot order, and back.
     """
 
     generation: str = "v5e"
     interpret: Any = False
     counts: tuple[int, ...] | None = None
+    moves: tuple[tpu_permutation.Estimate, tpu_permutation.Estimate] = (None, None)
+
+    def to_slots(self, x: jax.Array, routing: Routing) -> jax.Array:
+        return tpu_permutation.to_slots(x, routing, self._sub_rows(routing), self.interpret, self._cores, self.moves[0])
+
+    def to_tokens(self, x: jax.Array, routing: Routing) -> jax.Array:
+        return tpu_permutation.to_tokens(x, routing, self._sub_rows(routing), self.interpret, self._cores, self.moves[1])
 
     def linear(self, x: jax.Array, kernels: Kernels, routing: Routing) -> jax.Array:
         return self._grouped("linear", _matmul, routing, x, tuple((k,) for k in kernels))[0]
@@ -116,7 +125,9 @@ class Tpu:
         self, x: jax.Array, g: jax.Array, u: jax.Array, dy: jax.Array, experts: Experts, routing: Routing
     ) -> tuple[jax.Array, Experts]:
         # h, dgate and dup are [F, S]: so every weight gradient is a product of untransposed tiles
-        dx, h, dg, du = self._reduced("ffn_dx", _ffn_bwd, routing, (dy,), (g, u), experts, (1, 1, 0), x.shape[1], outputs=3, transposed=True)
+        dx, h, dg, du = self._reduced(
+            "ffn_dx", _ffn_bwd, routing, (dy,), (g, u), experts, (1, 1, 0), x.shape[1], outputs=3, transposed=True
+        )
         gradients = []
         for e in range(len(experts)):
             dgate, dup = self._weight_gradients((dg, du), x, routing, e, transposed=True)
@@ -414,6 +425,16 @@ class Tpu:
             first.append(first[-1] + b * (routing.block_rows // rows))
         return Place(first, list(self.counts))
 
+    @property
+    def _cores(self) -> int:
+        return 2 if self.generation in TWO_CORES else 1
+
+    def _most_rows(self, routing: Routing) -> int:
+        return math.gcd(routing.block_rows, TPU_ROWS.get(self.generation, 512))
+
+    def _sub_rows(self, routing: Routing) -> int:
+        return math.gcd(self._most_rows(routing), SUB_ROWS)
+
     def _used(self, routing: Routing, rows: int, experts: Sequence[int] | None = None) -> int:
         """How many tiles of these experts, by default of all, hold tokens; the most there can be where the counts are not given."""
         if self.counts is None:
@@ -430,8 +451,7 @@ class Tpu:
     ) -> tuple[int, int, int]:
         """Rows and columns of a tile, and rows of a sub-block: of the tiles whose blocks fit into VMEM, the one that does most work for
         each byte it moves. All kernels of a routing have the same sub-blocks, so that one reads only what another has written."""
-        largest = math.gcd(routing.block_rows, TPU_ROWS.get(self.generation, 512))
-        sub = math.gcd(largest, SUB_ROWS)
+        largest, sub = self._most_rows(routing), self._sub_rows(routing)
         rows = [largest >> i for i in range(6) if largest >> i >= sub]
         budget = _vmem(self.generation) * 7 // 8  # the rest is for the compiler's temporaries
         fitting = [(r, c) for r in rows for c in COLUMNS if c <= most and width % c == 0 and blocks(r, c) <= budget]

@@ -23,7 +23,14 @@ Biases = tuple[jax.Array | None, ...]
 
 @runtime_checkable
 class Backend(Protocol):
-    """Four functions on slots [S, width], hashable. Empty slots hold zeros, or rubbish that no token's slot ever reads."""
+    """Rows into slot order and back, and four functions on slots [S, width]; hashable.
+
+    Empty slots hold zeros, or rubbish that no token's slot ever reads; where weight gradients read them, the slots of x and dy are zero.
+    """
+
+    def to_slots(self, x: jax.Array, routing: Routing) -> jax.Array: ...
+
+    def to_tokens(self, x: jax.Array, routing: Routing) -> jax.Array: ...
 
     def linear(self, x: jax.Array, kernels: Kernels, routing: Routing) -> jax.Array: ...
 
@@ -40,16 +47,6 @@ class Backend(Protocol):
     ) -> tuple[jax.Array, Experts]: ...
 
 
-def to_slots(x: jax.Array, routing: Routing) -> jax.Array:
-    """[N, D] tokens -> [S, D] slots; empty slots are zero, so that they add nothing to a weight gradient."""
-    return x.at[routing.source].get(mode="fill", fill_value=0)
-
-
-def to_tokens(x: jax.Array, routing: Routing) -> jax.Array:
-    """[S, D] slots -> [N, D] tokens; padding tokens are zero."""
-    return x.at[routing.slot].get(mode="fill", fill_value=0)
-
-
 # ---- linear ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -59,8 +56,8 @@ def _linear(backend: Backend, x: jax.Array, kernels: Kernels, biases: Biases, ro
 
 
 def _linear_fwd(backend, x, kernels, biases, routing):
-    slots = to_slots(x, routing)
-    y = to_tokens(backend.linear(slots, kernels, routing), routing)
+    slots = backend.to_slots(x, routing)
+    y = backend.to_tokens(backend.linear(slots, kernels, routing), routing)
     for e, bias in enumerate(biases):
         if bias is not None:
             y = y + jnp.where((routing.expert == e)[:, None], bias, 0)
@@ -69,12 +66,12 @@ def _linear_fwd(backend, x, kernels, biases, routing):
 
 def _linear_bwd(backend, saved, dy):
     slots, kernels, biases, routing = saved
-    dx, dkernels = backend.linear_bwd(slots, to_slots(dy, routing), kernels, routing)
+    dx, dkernels = backend.linear_bwd(slots, backend.to_slots(dy, routing), kernels, routing)
     dbiases = tuple(
         None if bias is None else jnp.where((routing.expert == e)[:, None], dy, 0).astype(jnp.float32).sum(0).astype(bias.dtype)
         for e, bias in enumerate(biases)
     )
-    return to_tokens(dx, routing), dkernels, dbiases, None
+    return backend.to_tokens(dx, routing), dkernels, dbiases, None
 
 
 _linear.defvjp(_linear_fwd, _linear_bwd)
@@ -91,20 +88,20 @@ def routed_linear(backend: Backend, x: jax.Array, kernels: Kernels, biases: Bias
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _swiglu(backend: Backend, x: jax.Array, experts: Experts, routing: Routing) -> jax.Array:
-    return to_tokens(backend.swiglu(to_slots(x, routing), experts, routing), routing)
+    return backend.to_tokens(backend.swiglu(backend.to_slots(x, routing), experts, routing), routing)
 
 
 def _swiglu_fwd(backend, x, experts, routing):
-    slots = to_slots(x, routing)
+    slots = backend.to_slots(x, routing)
     y, g, u = backend.swiglu_fwd(slots, experts, routing)
     g, u = checkpoint_name(g, "gate"), checkpoint_name(u, "up")
-    return to_tokens(y, routing), (slots, g, u, experts, routing)
+    return backend.to_tokens(y, routing), (slots, g, u, experts, routing)
 
 
 def _swiglu_bwd(backend, saved, dy):
     slots, g, u, experts, routing = saved
-    dx, dexperts = backend.swiglu_bwd(slots, g, u, to_slots(dy, routing), experts, routing)
-    return to_tokens(dx, routing), dexperts, None
+    dx, dexperts = backend.swiglu_bwd(slots, g, u, backend.to_slots(dy, routing), experts, routing)
+    return backend.to_tokens(dx, routing), dexperts, None
 
 
 _swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.routing import Routing
+from pallas_kernels.routing import Routing, to_slots, to_tokens
 from pallas_kernels.vjp import Experts, Kernels
 
 Arrays = tuple[jax.Array, ...]
@@ -55,6 +55,8 @@ def _each_expert(
 @dataclasses.dataclass(frozen=True)
 class Xla:
     """The backend of `vjp`."""
+
+    to_slots, to_tokens = staticmethod(to_slots), staticmethod(to_tokens)
 
     def linear(self, x: jax.Array, kernels: Kernels, routing: Routing) -> jax.Array:
         def f(rows, kernel):

@@ -1,0 +1,173 @@
+"""Rows between token order and slot order on a TPU, as products with blocks of a permutation matrix.
+
+XLA moves one row after the other, at a third of the memory's speed. Here a grid step moves the rows that a block of tokens and a tile of
+slots have in common, with a matrix of zeros and ones: exact, as a row of the result is one row of the operand. Tokens keep their
+order within an expert, so those pairs of a block and a tile are few: each expert's run through both from the start to the end.
+
+    expert   t t t v v v | v t t v . t       blocks of 6 tokens
+    slots    t t t t t t | v v v v v -       tiles of 6: pairs (block, tile) are (0, 0) (1, 0) of the text, (0, 1) (1, 1) of the others
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.routing import Routing
+
+f32 = jnp.float32
+
+
+Estimate = tuple[int, int] | None
+"""How many pairs there are, and how many blocks or tiles are read for them, in a program compiled for the estimate of its cycles alone,
+which takes what is known at run time for 0."""
+
+
+class Pairs(NamedTuple):
+    """The pairs of a block of tokens and a tile of slots with rows in common, in the order of the side that is written.
+
+    block, tile: int32[L], of which the first `count` (int32[1]) are pairs, and the others repeat the last.
+    """
+
+    block: jax.Array
+    tile: jax.Array
+    count: jax.Array
+
+
+def pairs(routing: Routing, rows: int, by_slot: bool) -> Pairs:
+    """The pairs of blocks and tiles of so many rows. Every block of tokens has one at least, where they are ordered by token."""
+    experts, tokens = routing.num_experts, routing.expert.shape[0]
+    blocks = pl.cdiv(tokens, rows)
+    owner = jnp.pad(routing.expert, (0, blocks * rows - tokens), constant_values=-1).reshape(blocks, rows)
+    counts = jnp.sum(owner[:, None, :] == jnp.arange(experts)[:, None], axis=2, dtype=jnp.int32).T  # [experts, blocks]
+    ends = jnp.cumsum(counts, axis=1)
+    first_slot = (jnp.cumsum(routing.blocks) - routing.blocks) * routing.block_rows
+    first = (first_slot[:, None] + ends - counts) // rows
+    tiles = jnp.where(counts > 0, (first_slot[:, None] + ends - 1) // rows - first + 1, 0)
+    if not by_slot:
+        tiles = tiles.at[0].add(jnp.sum(tiles, axis=0) == 0)
+        tiles, first = tiles.T, first.T
+    tiles, first = tiles.reshape(-1), first.reshape(-1)
+    until = jnp.cumsum(tiles)
+    step = jnp.arange(experts * blocks + pl.cdiv(tokens, rows) + experts, dtype=jnp.int32)
+    step = jnp.clip(step, 0, jnp.maximum(until[-1] - 1, 0))
+    run = jnp.sum(step[:, None] >= until, axis=1, dtype=jnp.int32)  # which expert and block, in the order of `until`
+    offset = jnp.where(run[:, None] == jnp.arange(tiles.shape[0]), first - (until - tiles), 0)  # a sum, not a gather: those are slow
+    tile = step + jnp.sum(offset, axis=1, dtype=jnp.int32)
+    block = run % blocks if by_slot else run // experts
+    return Pairs(block, jnp.minimum(tile, routing.source.shape[0] // rows - 1), until[-1:])
+
+
+def to_slots(x: jax.Array, routing: Routing, rows: int, interpret: Any = False, cores: int = 1, estimate: Estimate = None) -> jax.Array:
+    """[N, D] tokens -> [S, D] slots. Empty slots of a tile with tokens are zero, those of other tiles are left as they are in memory.
+
+    rows: of a tile and of a block of tokens. cores: of the chip; two halve the columns.
+    """
+    return _move(x, routing, rows, routing.source.shape[0], True, interpret, cores, estimate)
+
+
+def to_tokens(x: jax.Array, routing: Routing, rows: int, interpret: Any = False, cores: int = 1, estimate: Estimate = None) -> jax.Array:
+    """[S, D] slots -> [N, D] tokens; padding tokens are zero. Arguments as of `to_slots`."""
+    return _move(x, routing, rows, routing.expert.shape[0], False, interpret, cores, estimate)
+
+
+def _move(
+    x: jax.Array, routing: Routing, rows: int, results: int, by_slot: bool, interpret: Any, cores: int, estimate: Estimate
+) -> jax.Array:
+    tokens, width = routing.expert.shape[0], x.shape[1]
+    found = pairs(routing, rows, by_slot)
+    blocks, tiles = pl.cdiv(tokens, rows), routing.source.shape[0] // rows
+    slot = jnp.pad(routing.slot, (0, blocks * rows - tokens), constant_values=-1).reshape(blocks, 1, rows)
+    if x.shape[0] < rows:
+        x = jnp.pad(x, ((0, rows - x.shape[0]), (0, 0)))
+    columns = width // 2 if cores == 2 and width % 256 == 0 else width
+    steps, fetches = estimate or (found.block.shape[0], found.block.shape[0])
+
+    def read(step, place):
+        return place[step] if estimate is None else step * (1024 * fetches // steps) >> 10
+
+    def written(step, place, count):
+        return place[step] if estimate is None else step * (1024 * count // steps) >> 10
+
+    def block_of(step, block):
+        return read(step, block) if by_slot else written(step, block, blocks)
+
+    def tile_of(step, tile):
+        return written(step, tile, tiles) if by_slot else read(step, tile)
+
+    def body(block, tile, count, slot, x, y):
+        step = pl.program_id(1)
+        here, before = ((tile_of(s, tile) if by_slot else block_of(s, block)) for s in (step, jnp.maximum(step - 1, 0)))
+        first = (step == 0) | (here != before)
+
+        def put(moved):
+            @pl.when(first)
+            def _():
+                y[...] = moved
+
+            @pl.when(jnp.logical_not(first))
+            def _():
+                y[...] += moved
+
+        @pl.when(step < (count[0] if estimate is None else steps))
+        def _():
+            shared = slot[0] - tile_of(step, tile) * rows == jax.lax.broadcasted_iota(jnp.int32, (rows, rows), 0)  # [slots, tokens]
+            move = partial(_choose, shared.astype(x.dtype), by_slot)
+            moved = move(x[...])
+            # a number that is not finite makes its column NaN in all rows but its own
+            bad = jnp.max(jnp.where(jnp.abs(moved[:8].astype(f32)) < jnp.inf, 0.0, 1.0)) > 0
+
+            @pl.when(jnp.logical_not(bad))
+            def _():
+                put(moved)
+
+            @pl.when(bad)
+            def _():
+                put(_with_care(move, x[...]))
+
+    shape = (max(results, rows), width)
+    if not interpret:
+        found, slot, x = jax.tree.map(lambda a: pltpu.with_memory_space_constraint(a, pltpu.HBM), (found, slot, x))
+    return pl.pallas_call(
+        body,
+        out_shape=jax.ShapeDtypeStruct(shape, x.dtype) if interpret else pltpu.HBM(shape, x.dtype),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(width // columns, steps),
+            in_specs=[
+                pl.BlockSpec((1, 1, rows), lambda c, s, block, tile, count: (block_of(s, block), 0, 0)),
+                pl.BlockSpec((rows, columns), lambda c, s, block, tile, count: (block_of(s, block) if by_slot else tile_of(s, tile), c)),
+            ],
+            out_specs=pl.BlockSpec(
+                (rows, columns), lambda c, s, block, tile, count: (tile_of(s, tile) if by_slot else block_of(s, block), c)
+            ),
+        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * steps * rows * rows * width, transcendentals=0, bytes_accessed=(fetches * rows + results) * width * x.dtype.itemsize
+        ),
+        name="routed_to_slots" if by_slot else "routed_to_tokens",
+        interpret=interpret,
+    )(*found, slot, x)[:results]
+
+
+def _choose(here: jax.Array, by_slot: bool, x: jax.Array) -> jax.Array:
+    precision = jax.lax.Precision.HIGHEST if x.dtype == f32 else None
+    contracted = (((1 if by_slot else 0,), (0,)), ((), ()))
+    return jax.lax.dot_general(here, x, contracted, precision=precision, preferred_element_type=f32).astype(x.dtype)
+
+
+def _with_care(move: Any, x: jax.Array) -> jax.Array:
+    """`move(x)` where x has numbers that are not finite: they are moved as the codes 1, 2 and 3."""
+    wide = x.astype(f32)
+    finite = jnp.abs(wide) < jnp.inf
+    code = jnp.where(finite, 0.0, jnp.where(wide > 0, 2.0, jnp.where(wide < 0, 3.0, 1.0)))
+    code = move(code.astype(x.dtype)).astype(f32)
+    moved = move(jnp.where(finite, wide, 0.0).astype(x.dtype)).astype(f32)
+    odd = jnp.where(code == 1, jnp.nan, jnp.where(code == 2, jnp.inf, -jnp.inf))
+    return jnp.where(code == 0, moved, odd).astype(x.dtype)
