@@ -1,9 +1,9 @@
 """Routed layers as grouped matmuls in Pallas Mosaic TPU kernels. docs/kernels.md draws the token order, the tiles and the grid.
 
-A kernel visits the row tiles in slot order, text first, then visual; a tile has one owner. Experts are separate operands: a step multiplies
-by the weights of its tile's owner, while the other expert's block stays where it is. An expert without tokens keeps its first block for the
-whole kernel, so no other block of it is read. In a tile that is only partly filled, sub-blocks without tokens are not computed. Weight
-gradients walk the tiles of one expert, in a kernel of their own.
+A kernel visits the row tiles in slot order, up or down, one expert after the other; a tile has one owner. Experts are separate operands:
+a step multiplies by the weights of its tile's owner, while the other expert's block stays where it is. An expert without tokens keeps its
+first block for the whole kernel, so no other block of it is read. In a tile that is only partly filled, sub-blocks without tokens are not
+computed. Weight gradients walk the tiles of one expert, in a kernel of their own.
 
 Products are accumulated in float32; every tile is added in the same order in every run. A third expert costs its blocks in VMEM and a
 branch in the kernel body, both of which follow from the length of the tuples.
@@ -235,9 +235,10 @@ class Tpu:
         # every tile reads all of its owner's weights: rows count, columns only decide between tiles of as many
         rows, columns, sub = self._tiles(routing, inner, blocks, work=lambda rows, columns: (rows, columns))
         tiles, steps = slots // rows, inner // columns
+        order = partial(_tile_of_step, tiles=tiles, cores=self._cores)
 
         def body(place, *refs):
-            place, s, f = self._place(place, routing, rows), tiles - 1 - pl.program_id(0), pl.program_id(1)
+            place, s, f = self._place(place, routing, rows), order(pl.program_id(0)), pl.program_id(1)
             wide_refs, refs = refs[: len(wide)], refs[len(wide) :]
             narrow_refs, refs = refs[: len(narrow)], refs[len(narrow) :]
             weight_refs, (y, *outs, total) = refs[: experts * per_expert], refs[experts * per_expert : len(refs) - len(wide) * transposed]
@@ -268,15 +269,14 @@ class Tpu:
             def _():
                 y[...] = total[...].astype(y.dtype).T if transposed else total[...].astype(y.dtype)
 
-        # From the last tile to the first: two cores halve the tiles, the first has one more if they are odd, and idle tiles are the last.
         def read(s, f, place):
             last = self._place(place, routing, rows).last(rows)
-            return jnp.minimum(tiles - 1 - s, last), jnp.where(tiles - 1 - s > last, 0, f)
+            return jnp.minimum(order(s), last), jnp.where(order(s) > last, 0, f)
 
         def weight_block(e, axis, s, f, place):
             place = self._place(place, routing, rows)
-            done = (tiles - 1 - s < place.first[e]) & (place.count[e] > 0)
-            block = jnp.where(done, steps - 1, jnp.where(place.valid(e, tiles - 1 - s, rows) > 0, f, 0))
+            done = (order(s) < place.first[e]) & (place.count[e] > 0)
+            block = jnp.where(done, steps - 1, jnp.where(place.valid(e, order(s), rows) > 0, f, 0))
             return (0, block) if axis else (block, 0)
 
         def weight_shape(w, axis):
@@ -296,11 +296,11 @@ class Tpu:
                 for e in range(experts)
                 for w, axis in zip(weights[e], axes, strict=True)
             ],
-            results=[((slots, width), (rows, width), lambda s, f, place: (tiles - 1 - s, 0))]
+            results=[((slots, width), (rows, width), lambda s, f, place: (order(s), 0))]
             + [
-                ((inner, slots), (columns, rows), lambda s, f, place: (f, tiles - 1 - s))
+                ((inner, slots), (columns, rows), lambda s, f, place: (f, order(s)))
                 if transposed
-                else ((slots, inner), (rows, columns), lambda s, f, place: (tiles - 1 - s, f))
+                else ((slots, inner), (rows, columns), lambda s, f, place: (order(s), f))
             ]
             * outputs,
             dtype=dtype,
@@ -458,6 +458,15 @@ class Tpu:
         if not fitting:
             raise ValueError(f"no tile of {rows[-1]} rows of a width of {width} fits in VMEM; use another implementation")
         return *max(fitting, key=lambda tile: work(*tile)), sub
+
+
+def _tile_of_step(step: Any, tiles: int, cores: int) -> Any:
+    """From the last tile to the first. Two cores halve the steps, the first having one more if they are odd: each takes every other tile,
+    so that the tiles at the end, idle or partly filled, fall to both."""
+    if cores == 1:
+        return tiles - 1 - step
+    half = (tiles + 1) // 2
+    return tiles - 1 - jnp.where(step < half, 2 * step, 2 * (step - half) + 1)
 
 
 def _filled_parts(valid: Any, rows: int, sub: int, whole_from: int, compute: Callable[[Any], None]) -> None:

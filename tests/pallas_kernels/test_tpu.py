@@ -180,6 +180,15 @@ def test_no_block_of_an_idle_expert_but_the_first_is_read(kind: str, monkeypatch
         assert text[0] == sorted(text[0]), "each block is read once"
 
 
+@pytest.mark.parametrize("tiles", [1, 2, 9, 34])
+def test_two_cores_share_the_tiles_at_the_end(tiles: int) -> None:
+    assert [tpu._tile_of_step(s, tiles, 1) for s in range(tiles)] == list(range(tiles))[::-1]
+    steps = [int(tpu._tile_of_step(s, tiles, 2)) for s in range(tiles)]
+    first, second = steps[: (tiles + 1) // 2], steps[(tiles + 1) // 2 :]
+    assert sorted(steps) == list(range(tiles)) and first == sorted(first)[::-1] and second == sorted(second)[::-1]
+    assert {tile % 2 for tile in first} == {(tiles - 1) % 2} and tiles - 2 not in first
+
+
 # ---- under transformations ------------------------------------------------------------------------------------------------------------
 
 
