@@ -279,34 +279,36 @@ def record(topology: str, tokens: int, width: int, inner: int, found: dict[str, 
 
 
 def ratios(result: dict[str, Any]) -> dict[str, float]:
-    """Each pass over its dense floor: the kernels alone, and with routing and permutation. What has no estimate is left out."""
+    """Each pass over its dense floor: the kernels alone, and with the order of the tokens made once and every move of rows.
+
+    What has no estimate is left out.
+    """
     total = {case: sum(r.values()) for case, r in result.items() if isinstance(r, dict)}
     floor = result["floor"]
     if isinstance(floor, str):
         return {}
     if isinstance(saved := result.get("forward, gate and up saved"), dict):
         total["gate and up again"] = saved["routed_gate_up"]
-    around = total["permutation"] + total.get("routing", 0.0) if "permutation" in total else None
-    passes = {
-        "forward": (("forward",), 1, floor["dense forward"]),
-        "forward, gate and up saved": (("forward, gate and up saved",), 1, floor["dense forward"]),
-        "backward, text frozen": (("backward, text frozen",), 1, floor["dense forward + backward"] - floor["dense forward"]),
-        "forward + backward, text frozen": (
-            ("forward, gate and up saved", "backward, text frozen"),
-            2,
-            floor["dense forward + backward"],
-        ),
+    moves = result.get("permutation")
+    forward, backward = floor["dense forward"], floor["dense forward + backward"] - floor["dense forward"]
+    passes = {  # kernels, rows that are moved (x into slot order, y back), floor
+        "forward": (("forward",), "xy", forward),
+        "forward, gate and up saved": (("forward, gate and up saved",), "xy", forward),
+        "backward, text frozen": (("backward, text frozen",), "xy", backward),
+        "forward + backward, text frozen": (("forward, gate and up saved", "backward, text frozen"), "xyxy", forward + backward),
         "the same under full remat": (
             ("forward, gate and up saved", "gate and up again", "backward, text frozen"),
-            3,
+            "xyxxy",
             floor["dense under full remat"],
         ),
     }
     table = {}
-    for name, (parts, permutations, dense_cycles) in passes.items():
+    for name, (parts, rows, dense_cycles) in passes.items():
         if all(part in total for part in parts):
             kernels = sum(total[part] for part in parts)
             table[f"{name}: kernels"] = round(kernels / dense_cycles, 3)
-            if around is not None:
-                table[f"{name}: all"] = round((kernels + permutations * around) / dense_cycles, 3)
+            if isinstance(moves, dict) and "routing" in total:
+                cost = {"x": moves["routed_to_slots"], "y": moves["routed_to_tokens"]}
+                around = total["routing"] + len(parts) * moves["which tiles"] + sum(cost[row] for row in rows)
+                table[f"{name}: all"] = round((kernels + around) / dense_cycles, 3)
     return table
