@@ -341,23 +341,20 @@ class Tpu:
             place, s = self._place(place, routing, rows), pl.program_id(2)
             left_refs, right_ref, dw_refs, totals = refs[:count], refs[count], refs[count + 1 : 2 * count + 1], refs[2 * count + 1 :]
 
-            @pl.when(s == 0)
-            def _():
-                for total in totals:
-                    total[...] = jnp.zeros_like(total)
-
             def tile(part):
+                fresh = (s == 0) & (part.start == 0)
                 for total, left in zip(totals, left_refs, strict=True):
                     block = left[part] if rows_first else left[:, part]
                     contracted = (((slots_axis,), (0,)), ((), ()))
-                    total[...] += jax.lax.dot_general(block, right_ref[part], contracted, preferred_element_type=f32)
+                    product = jax.lax.dot_general(block, right_ref[part], contracted, preferred_element_type=f32)
+                    total[...] = jnp.where(fresh, 0.0, total[...]) + product
 
             _filled_parts(place.count[expert] - s * rows, rows, sub, rows - sub + 1, tile)  # never a row that was not written
 
             @pl.when(s == steps - 1)
             def _():
                 for dw, total in zip(dw_refs, totals, strict=True):
-                    result = total[...].astype(dw.dtype)
+                    result = jnp.where(place.count[expert] > 0, total[...], 0.0).astype(dw.dtype)
                     dw[...] = result.T if transposed else result
 
         def tile(s, place):
