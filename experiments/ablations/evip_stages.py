@@ -29,7 +29,8 @@ STAGES = (S1_1, S1_2, S1_3, S2)
 ONE_STAGE = dataclasses.replace(S1_3, name="S1", lessons=(("noisy", 1.5), ("clean", 1.5), ("tasks", 2.0)), units=5.0)
 FROZEN = dataclasses.replace(S1_3, trainable=VISUAL)
 
-RATES = (1e-3, 3e-3, 9e-3)
+RATES = (3e-4, 1e-3, 3e-3)
+"""At 9e-3 every arm of tuning_strategy fell apart, at the seed that is not scored."""
 
 
 def _without(step: Step) -> tuple[Step, ...]:
