@@ -67,7 +67,7 @@ EXPERIMENT = Experiment(
     ),
     rates=RATES,
     reading=(
-        "Delta tuning keeps the language to the bit, and both kinds of full tuning lose most of a nat per token or more: that half of the "
+        "Delta tuning keeps the language to the bit, and both kinds of full tuning lose more than a nat per token: that half of the "
         "claim is here. Its other half is not: full tuning sees better, with experts or without. Two reasons why a small size may turn it "
         "round. A language model this small, taught for 350 steps, knows nothing that a question about a picture needs, so nothing is lost "
         "by overwriting it; in the paper it is InternLM2, and the largest gains are in SQA-I and AI2D, which ask for knowledge. And four "
