@@ -248,7 +248,7 @@ def train(
     recipe: Positional[str],
     *,
     data: Path,
-    init: Path | None = None,
+    init: str | Path | None = None,
     init_stage: str | None = None,
     init_step: int | None = None,
     tokenizer: Path | None = None,
@@ -286,7 +286,7 @@ def train(
     Args:
         recipe: evip, evip_plus_plus, sft, sft:lora, or FILE.py:NAME with a Recipe or a function that gives one.
         data: META.json, which lists the data sets.
-        init: weights to start from, a run directory or a folder in the released layout; random ones without it.
+        init: weights to start from, a run directory (or gs://...) or a folder in the released layout; random ones without it.
         init_stage: of a run directory, the stage to start from; its last finished one by default.
         init_step: of that stage, the step checkpoint whose parameters are taken; its optimizer state is dropped.
         tokenizer: a folder with tokenizer.json or tokenizer.model; that of --init by default.

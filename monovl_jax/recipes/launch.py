@@ -104,12 +104,13 @@ class Start:
     identity: Any
 
 
-def find_start(path: Path, stage: str | None = None, step: int | None = None) -> Start:
+def find_start(path: str | AnyPath, stage: str | None = None, step: int | None = None) -> Start:
     """The weights of a run directory (after `stage`, by default its last finished one), an imported model, or a released folder.
 
-    step: of a stage, the step checkpoint whose parameters are taken, without the optimizer state. Nothing is loaded yet, but names and
-    shapes are checked. Raises ConfigError, WeightsError or RunError.
+    path: a run directory may be in a bucket (gs://...). step: of a stage, the step checkpoint whose parameters are taken, without the
+    optimizer state. Nothing is loaded yet, but names and shapes are checked. Raises ConfigError, WeightsError or RunError.
     """
+    path = located(path) if is_remote(path) else Path(path)
     if not path.is_dir():
         raise ConfigError(f"{path} is no folder; give a run directory or a model folder")
     if (path / checkpoint.EXPERIMENT).is_file():
@@ -126,6 +127,8 @@ def find_start(path: Path, stage: str | None = None, step: int | None = None) ->
             raise RunError(f"{path}: {which}; finished: {', '.join(finished) or 'none'}. --init-step takes one of its step checkpoints")
         digest = read_experiment(path)["digest"]
         return Start(recipe.model, lambda mesh: load_run(path, chosen, mesh)[1], f"{path} after {chosen}", {"run": digest, "stage": chosen})
+    if not isinstance(path, Path):
+        raise ConfigError(f"{path} is no run directory, and weights are read from files; mount the bucket or copy the folder")
     if stage is not None or step is not None:
         raise ConfigError(f"{path} is a model folder, not a run; it has no stage {stage or 'of that step'!r}")
     config = read_config(path)
@@ -431,7 +434,7 @@ def prepare(
     recipe: str,
     meta: Path,
     *,
-    init: Path | None = None,
+    init: str | Path | None = None,
     init_stage: str | None = None,
     init_step: int | None = None,
     tokenizer: Path | None = None,
@@ -484,8 +487,9 @@ def prepare(
         check_start(chosen.model, start)
         chosen = dataclasses.replace(chosen, model=dataclasses.replace(chosen.model, upstream=start.config.upstream))
     folder = tokenizer or init
-    if folder is None:
+    if folder is None or is_remote(folder):
         raise LaunchError("no tokenizer; give --tokenizer DIR, a folder with tokenizer.json or tokenizer.model, or --init with one in it")
+    folder = Path(folder)
     try:
         words = Tokenizer.from_folder(folder)
     except ValueError as error:

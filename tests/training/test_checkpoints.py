@@ -18,6 +18,8 @@ import pytest
 from etils import epath
 
 from monovl_jax import cli
+from monovl_jax.config import ConfigError
+from monovl_jax.recipes.launch import find_start
 from monovl_jax.training import checkpoint, fingerprint
 from monovl_jax.training.files import place
 from monovl_jax.training.inventory import checkpoints, verify
@@ -377,6 +379,10 @@ def test_a_run_in_a_bucket(bucket: str) -> None:
     assert [r["step"] for r in read_log(f"{bucket}/log.jsonl")] == [1, 2, 3, 4, 5]
     store = StageStore(bucket, "S0")
     assert store.all_steps() == [] and store.base_record() is None and not store.has_final()
+    with pytest.raises(RunError, match="no stage has finished; finished: none"):
+        find_start(bucket)
+    with pytest.raises(ConfigError, match="is no run directory, and weights are read from files; mount the bucket or copy the folder"):
+        find_start("gs://bucket/runs")
     store.finish({"loss": 1.0})
     assert store.record() == {"loss": 1.0}
     complete = place(f"{bucket}/stages/S0/steps/4")
