@@ -112,13 +112,13 @@ class Tpu:
         return dx, tuple(self._weight_gradients((x,), dy, routing, e, rows_first=True)[0] for e in range(len(kernels)))
 
     def swiglu(self, x: jax.Array, experts: Experts, routing: Routing) -> jax.Array:
-        return self._reduced("ffn", _ffn, routing, (x,), (), experts, (1, 1, 0), x.shape[1])[0]
+        return self._reduced("ffn", _hidden, _times_last, routing, (x,), (), experts, (1, 1, 0), x.shape[1])[0]
 
     def swiglu_fwd(self, x: jax.Array, experts: Experts, routing: Routing) -> tuple[jax.Array, jax.Array, jax.Array]:
         # two kernels, so that a backward pass that recomputes g and u does not recompute y
         weights = tuple((gate, up) for gate, up, _ in experts)
         h, g, u = self._grouped("gate_up", _gate_up, routing, x, weights, outputs=3)
-        (y,) = self._reduced("down", _down, routing, (), (h,), tuple((down,) for _, _, down in experts), (0,), x.shape[1])
+        (y,) = self._reduced("down", _as_it_is, _times_last, routing, (), (h,), tuple((down,) for _, _, down in experts), (0,), x.shape[1])
         return y, g, u
 
     def swiglu_bwd(
@@ -126,7 +126,7 @@ class Tpu:
     ) -> tuple[jax.Array, Experts]:
         # h, dgate and dup are [F, S]: so every weight gradient is a product of untransposed tiles
         dx, h, dg, du = self._reduced(
-            "ffn_dx", _ffn_bwd, routing, (dy,), (g, u), experts, (1, 1, 0), x.shape[1], outputs=3, transposed=True
+            "ffn_dx", _hidden_bwd, _gate_up_dx, routing, (dy,), (g, u), experts, (1, 1, 0), x.shape[1], outputs=3, transposed=True
         )
         gradients = []
         for e in range(len(experts)):
@@ -204,7 +204,8 @@ class Tpu:
     def _reduced(
         self,
         name: str,
-        compute: Callable[..., tuple[tuple[jax.Array, ...], jax.Array]],
+        compute: Callable[..., tuple[jax.Array, ...]],
+        reduce: Callable[..., jax.Array],
         routing: Routing,
         wide: tuple[jax.Array, ...],
         narrow: tuple[jax.Array, ...],
@@ -214,12 +215,13 @@ class Tpu:
         outputs: int = 0,
         transposed: bool = False,
     ) -> tuple[jax.Array, ...]:
-        """`compute(wide tiles, narrow tiles, weight blocks) -> (narrow output tiles, part of the sum)`, summed over the inner width.
+        """`compute(wide tiles, narrow tiles, weight blocks) -> narrow tiles`; `reduce(these, weight blocks)`, summed over the inner width.
 
         wide: [S, D], read once per tile. narrow: [S, F], F being the inner width that a tile walks in blocks. weights of each expert:
-        matrices with F on the axis that `axes` names. Returns the sum [S, width], then the narrow outputs [S, F].
+        matrices with F on the axis that `axes` names. outputs: how many narrow tiles are results too. Returns the sum [S, width], then
+        these [S, F].
 
-        transposed: `compute` is given the wide tiles transposed, once per row tile, gives both results transposed, and the narrow outputs
+        transposed: `compute` is given the wide tiles transposed, once per row tile, both give transposed results, and the narrow outputs
         are [F, S].
         """
         experts, per_expert = len(weights), len(weights[0])
@@ -258,10 +260,13 @@ class Tpu:
                 ws = weight_refs[e * per_expert : (e + 1) * per_expert]
 
                 def tile(part, ws=ws):
-                    results, term = compute([r[at(part)] for r in turned_refs], [r[part] for r in narrow_refs], [w[...] for w in ws])
-                    for out, result in zip(outs, results, strict=True):
-                        out[at(part)] = result.astype(out.dtype)
-                    total[at(part)] += term
+                    blocks = [w[...] for w in ws]
+                    results = compute([r[at(part)] for r in turned_refs], [r[part] for r in narrow_refs], blocks)
+                    if outs:  # and read again: the estimate of cycles of v5e and v5p aborts where a product takes what was just packed
+                        for out, result in zip(outs, results, strict=True):
+                            out[at(part)] = result
+                        results = [out[at(part)] for out in outs]
+                    total[at(part)] += reduce(results, blocks)
 
                 _filled_parts(place.valid(e, s, rows), rows, sub, rows // 2, tile)
 
@@ -500,21 +505,28 @@ def _gate_up(x, weights):
     return g * jax.nn.sigmoid(g) * u, g, u
 
 
-def _down(wide, narrow, weights):
-    return (), _dot(narrow[0], weights[0])
+def _hidden(wide, narrow, weights):
+    return (_gate_up(wide[0], weights[:2])[0].astype(wide[0].dtype),)
 
 
-def _ffn(wide, narrow, weights):
-    gate, up, down = weights
-    h = _gate_up(wide[0], (gate, up))[0]
-    return (), _dot(h.astype(wide[0].dtype), down)
+def _as_it_is(wide, narrow, weights):
+    return narrow
 
 
-def _ffn_bwd(wide, narrow, weights):
-    """Everything transposed, [columns, rows]: so the weights are not, and g and u are turned in place of them, a third as much."""
-    (dy,), (g, u), (gate, up, down) = wide, (a.T.astype(f32) for a in narrow), weights
+def _times_last(narrow, weights):
+    return _dot(narrow[0], weights[-1])
+
+
+def _hidden_bwd(wide, narrow, weights):
+    """h, dgate and dup from dy, g and u. Everything transposed, [columns, rows]: so the weights are not, and g and u are turned in place of
+    them, a third as much."""
+    (dy,), (g, u), down = wide, (a.T.astype(f32) for a in narrow), weights[2]
     dh = _dot(down, dy)
     s = jax.nn.sigmoid(g)
     act = g * s
-    dg, du = ((dh * u * (s + act * (1 - s))).astype(dy.dtype), (dh * act).astype(dy.dtype))
-    return (act * u, dg, du), _dot(gate, dg) + _dot(up, du)
+    return tuple(a.astype(dy.dtype) for a in (act * u, dh * u * (s + act * (1 - s)), dh * act))
+
+
+def _gate_up_dx(narrow, weights):
+    _, dg, du = narrow
+    return _dot(weights[0], dg) + _dot(weights[1], du)
