@@ -163,7 +163,7 @@ def without_number(name: str) -> str:
 
 
 def profile(topology: str, case: str, tokens: int, width: int, inner: int) -> dict[str, Any]:
-    """Cycles of each operation of one case, and the VMEM of its kernels. libtpu reads its flags once: a process profiles one case."""
+    """Cycles of each operation of a case, and the VMEM of its kernels. libtpu reads its flags once: a process profiles one case."""
     generation = topology.split(":")[0]
     with _profiles() as folder:
         f, args = kernel_cases(generation, tokens, width, inner)[case]
@@ -189,7 +189,7 @@ def bounded(topology: str, case: str, cycles: dict[str, float], tokens: int, wid
 
 def compiled_tokens(generation: str, tokens: int, case: str) -> tuple[int, ...]:
     """The token counts at which a case is compiled, to know what it takes for `tokens`."""
-    if tokens <= MOST_TOKENS or case in ("floor", "permutation", "routing"):
+    if tokens <= MOST_TOKENS or case in ("permutation", "routing") or case.startswith(FLOOR):
         return (tokens,)
     return MOST_TOKENS, MOST_TOKENS + 2 * TPU_ROWS[generation]
 
@@ -202,22 +202,29 @@ def extended(sizes: tuple[int, ...], cycles: list[dict[str, float]], tokens: int
     return {name: count + (large[name] - count) * (tokens - first) / (second - first) for name, count in small.items()}
 
 
-def dense_floor(topology: str, tokens: int, width: int, inner: int) -> dict[str, float]:
-    """The same estimate of the dense layer's passes: the sum of its matmuls, compiled one by one, as if all else were free.
+FLOOR = "floor: "
+
+
+def floor_cases(tokens: int, width: int, inner: int) -> dict[str, tuple[Callable[..., Any], tuple]]:
+    """The matmuls of a dense layer, which are the floor of its passes, as if all else were free. bfloat16.
 
     XLA's estimate of the layer compiled as a whole is larger. What XLA notes in the text of a program without the profile is larger too,
     by 17% on a v6e.
     """
     x, h, wide, tall = array(tokens, width), array(tokens, inner), array(width, inner), array(inner, width)
-    with _profiles() as folder:
+    return {
+        FLOOR + "x up": (jnp.dot, (x, wide)),
+        FLOOR + "h down": (jnp.dot, (h, tall)),
+        FLOOR + "dy down^T": (lambda a, w: a @ w.T, (x, tall)),
+        FLOOR + "dup up^T": (lambda a, w: a @ w.T, (h, wide)),
+        FLOOR + "x^T dup": (lambda a, b: a.T @ b, (x, h)),
+        FLOOR + "h^T dy": (lambda a, b: a.T @ b, (h, x)),
+    }
 
-        def estimate(f: Callable[..., Any], *args: Any) -> float:
-            compile_for(topology, f, *args)
-            return float(_cycles(folder).total())
 
-        up, down = estimate(jnp.dot, x, wide), estimate(jnp.dot, h, tall)
-        to_h, to_x = (estimate(lambda a, w: a @ w.T, *args) for args in ((x, tall), (h, wide)))
-        dup, ddown = (estimate(lambda a, b: a.T @ b, *args) for args in ((x, h), (h, x)))
+def dense_passes(cycles: dict[str, float]) -> dict[str, float]:
+    """The passes of the dense layer from the cycles of its matmuls, the gate costing what up costs."""
+    up, down, to_h, to_x, dup, ddown = cycles.values()
     forward, backward = 2 * up + down, to_h + 2 * to_x + 2 * dup + ddown
     return {
         "dense forward": forward,
@@ -227,10 +234,10 @@ def dense_floor(topology: str, tokens: int, width: int, inner: int) -> dict[str,
 
 
 def report(topology: str, tokens: int, width: int, inner: int) -> dict[str, Any]:
-    """The floor and `profile` of every case, and what follows from them. Each is made in a process of its own, which has CASE_SECONDS."""
+    """`profile` of every case, those of the floor first, each in a process of its own that has CASE_SECONDS; and what follows from them."""
     generation = topology.split(":")[0]
     found: dict[str, list[Any]] = {}
-    for case in ("floor", *kernel_cases(generation, tokens, width, inner)):
+    for case in (*floor_cases(tokens, width, inner), *kernel_cases(generation, tokens, width, inner)):
         for size in compiled_tokens(generation, tokens, case):
             print(f"{topology}, {size} tokens: {case}", file=sys.stderr, flush=True)
             found.setdefault(case, []).append(_in_process(topology, case, size, width, inner))
@@ -251,15 +258,17 @@ def _in_process(topology: str, case: str, tokens: int, width: int, inner: int) -
 def record(topology: str, tokens: int, width: int, inner: int, found: dict[str, list[Any]]) -> dict[str, Any]:
     """What is written of a report.
 
-    found: by case, for each size of `compiled_tokens`, the result of `dense_floor` or `profile`, or a word on why there is none.
+    found: by case, for each size of `compiled_tokens`, the result of `profile`, or a word on why there is none.
     """
-    cycles: dict[str, Any] = {}
+    floors = {case: results[0] for case, results in found.items() if case.startswith(FLOOR)}
+    word = next((r for r in floors.values() if isinstance(r, str)), None)
+    cycles: dict[str, Any] = {"floor": word or dense_passes({case: r["cycles"][case] for case, r in floors.items()})}
     for case, results in found.items():
+        if case in floors:
+            continue
         sizes = compiled_tokens(topology.split(":")[0], tokens, case)
         if word := next((r for r in results if isinstance(r, str)), None):
             cycles[case] = word
-        elif case == "floor":
-            (cycles[case],) = results
         else:
             cycles[case] = bounded(topology, case, extended(sizes, [r["cycles"] for r in results], tokens), tokens, width, inner)
     return {

@@ -188,8 +188,7 @@ def main() -> None:
     if a.static and a.static.split(":")[0] not in aot_tpu.CHIPS:
         parser.error(f"--static {a.static}: the chip must be one of {', '.join(aot_tpu.CHIPS)}, as in v5e:2x2")
     if a.case:
-        f = aot_tpu.dense_floor if a.case == "floor" else functools.partial(aot_tpu.profile, case=a.case)
-        print(json.dumps(f(a.static, tokens=a.tokens, width=a.width, inner=a.inner)))
+        print(json.dumps(aot_tpu.profile(a.static, a.case, a.tokens, a.width, a.inner)))
         return
     if a.static:
         result = aot_tpu.report(a.static, a.tokens, a.width, a.inner)

@@ -85,7 +85,7 @@ def test_others_are_those_that_run_here() -> None:
 
 
 def test_the_estimate_of_many_tokens_is_a_line_through_two_sizes() -> None:
-    assert aot_tpu.compiled_tokens("v6e", 4096, "forward") == (4096,) and aot_tpu.compiled_tokens("v6e", 16384, "floor") == (16384,)
+    assert aot_tpu.compiled_tokens("v6e", 4096, "forward") == (4096,) and aot_tpu.compiled_tokens("v6e", 16384, "floor: x up") == (16384,)
     assert aot_tpu.compiled_tokens("v5e", 16384, "forward") == (4096, 5120)
     sizes = aot_tpu.compiled_tokens("v6e", 16384, "forward")
     cycles = [{"routed_ffn": 30.0 + 2.0 * tokens} for tokens in sizes]
@@ -118,11 +118,16 @@ def test_a_kernel_takes_at_least_what_its_bytes_take() -> None:
 
 def test_a_record_of_what_was_compiled_and_what_was_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aot_tpu.importlib.metadata, "version", lambda name: f"{name} 1.0")
-    floor = {"dense forward": 4e6, "dense forward + backward": 12e6, "dense under full remat": 15e6}
     small, large = ({"cycles": {"routed_ffn": count}, "vmem": {"routed_ffn": 7}} for count in (1e6, 1.5e6))
-    results = {"floor": [floor], "forward": [small, large], "permutation": ["no estimate within 1 s"]}
+    floor = {case: [{"cycles": {case: 1e6 * n}, "vmem": {}}] for n, case in enumerate(aot_tpu.floor_cases(16384, 2048, 8192), 1)}
+    results = {**floor, "forward": [small, large], "permutation": ["no estimate within 1 s"]}
     made = aot_tpu.record("v6e:2x2", 16384, 2048, 8192, results)
     assert made["kernels compiled at"] == (4096, 6144) and made["ratios"] == {"forward: kernels": 1.0}
+    backward = 3e6 + 2 * 4e6 + 2 * 5e6 + 6e6
+    passes = {"dense forward": 4e6, "dense forward + backward": 4e6 + backward, "dense under full remat": 6e6 + backward}
+    assert made["cycles"]["floor"] == passes
+    results[next(iter(floor))] = ["no estimate"]
+    assert not aot_tpu.record("v6e:2x2", 16384, 2048, 8192, results)["ratios"]
     assert made["cycles"]["permutation"] == "no estimate within 1 s" and made["vmem"] == {"forward": {"routed_ffn": 7}}
 
 
