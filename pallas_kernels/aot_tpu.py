@@ -164,13 +164,13 @@ def without_number(name: str) -> str:
 
 def profile(topology: str, case: str, tokens: int, width: int, inner: int) -> dict[str, Any]:
     """Cycles of each operation of a case, and the VMEM of its kernels. libtpu reads its flags once: a process profiles one case."""
-    generation = topology.split(":")[0]
     with _profiles() as folder:
-        f, args = kernel_cases(generation, tokens, width, inner)[case]
-        vmem: dict[str, int] = {}
+        f, args = all_cases(topology.split(":")[0], tokens, width, inner)[case]
         program = compile_for(topology, f, *args)
         vmem = vmem_of_kernels(program.as_text())
         cycles = _cycles(folder)
+    if case.startswith(FLOOR):
+        return {"cycles": {case: float(cycles.total())}, "vmem": vmem}
     kernels = collections.Counter({name: count for name, count in cycles.items() if name.startswith("routed_")})
     if case in ("permutation", "routing"):
         kernels["which tiles" if kernels else case] = sum(count for name, count in cycles.items() if name not in kernels and name != "copy")
@@ -222,6 +222,11 @@ def floor_cases(tokens: int, width: int, inner: int) -> dict[str, tuple[Callable
     }
 
 
+def all_cases(generation: str, tokens: int, width: int, inner: int) -> dict[str, tuple[Callable[..., Any], tuple]]:
+    """Everything that `profile` can be asked for, the floor first."""
+    return floor_cases(tokens, width, inner) | kernel_cases(generation, tokens, width, inner)
+
+
 def dense_passes(cycles: dict[str, float]) -> dict[str, float]:
     """The passes of the dense layer from the cycles of its matmuls, the gate costing what up costs."""
     up, down, to_h, to_x, dup, ddown = cycles.values()
@@ -237,7 +242,7 @@ def report(topology: str, tokens: int, width: int, inner: int) -> dict[str, Any]
     """`profile` of every case, those of the floor first, each in a process of its own that has CASE_SECONDS; and what follows from them."""
     generation = topology.split(":")[0]
     found: dict[str, list[Any]] = {}
-    for case in (*floor_cases(tokens, width, inner), *kernel_cases(generation, tokens, width, inner)):
+    for case in all_cases(generation, tokens, width, inner):
         for size in compiled_tokens(generation, tokens, case):
             print(f"{topology}, {size} tokens: {case}", file=sys.stderr, flush=True)
             found.setdefault(case, []).append(_in_process(topology, case, size, width, inner))

@@ -116,6 +116,18 @@ def test_a_kernel_takes_at_least_what_its_bytes_take() -> None:
     assert aot_tpu.bounded("v6e:2x2", "forward", {"routed_ffn": 1.0}, **sizes)["routed_ffn"] > 5 * weights * 1.75e9 / 1640e9
 
 
+@pytest.mark.parametrize("generation", aot_tpu.CHIPS)
+def test_every_case_of_the_estimate_can_be_traced(generation: str) -> None:
+    x, h, wide, tall = (512, 256), (512, 512), (256, 512), (512, 256)
+    of_floor = {"x up": h, "h down": x, "dy down^T": h, "dup up^T": x, "x^T dup": wide, "h^T dy": tall}
+    cases = aot_tpu.all_cases(generation, 512, 256, 512)
+    for case, (f, args) in cases.items():
+        made = jax.eval_shape(f, *args)
+        if case.startswith(aot_tpu.FLOOR):
+            assert made.shape == of_floor.pop(case.removeprefix(aot_tpu.FLOOR))
+    assert not of_floor and len(cases) == 6 + 5
+
+
 def test_a_record_of_what_was_compiled_and_what_was_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aot_tpu.importlib.metadata, "version", lambda name: f"{name} 1.0")
     small, large = ({"cycles": {"routed_ffn": count}, "vmem": {"routed_ffn": 7}} for count in (1e6, 1.5e6))
