@@ -227,14 +227,23 @@ def all_cases(generation: str, tokens: int, width: int, inner: int) -> dict[str,
     return floor_cases(tokens, width, inner) | kernel_cases(generation, tokens, width, inner)
 
 
+FORWARD = {"x up": 2, "h down": 1}
+BACKWARD = {"dy down^T": 1, "dup up^T": 2, "x^T dup": 2, "h^T dy": 1}
+DENSE_PASSES = {
+    "dense forward": FORWARD,
+    "dense backward": BACKWARD,
+    "dense forward + backward": {**FORWARD, **BACKWARD},
+    "dense under full remat": {**FORWARD, **BACKWARD, "x up": 4},
+}
+"""How often each matmul is in a pass of the dense layer, the gate costing what up costs."""
+
+
 def dense_passes(cycles: dict[str, float]) -> dict[str, float]:
-    """The passes of the dense layer from the cycles of its matmuls, the gate costing what up costs."""
-    up, down, to_h, to_x, dup, ddown = cycles.values()
-    forward, backward = 2 * up + down, to_h + 2 * to_x + 2 * dup + ddown
+    """The cycles of those passes whose matmuls are all known."""
     return {
-        "dense forward": forward,
-        "dense forward + backward": forward + backward,
-        "dense under full remat": forward + 2 * up + backward,
+        name: sum(times * cycles[FLOOR + matmul] for matmul, times in parts.items())
+        for name, parts in DENSE_PASSES.items()
+        if all(FLOOR + matmul in cycles for matmul in parts)
     }
 
 
@@ -266,8 +275,9 @@ def record(topology: str, tokens: int, width: int, inner: int, found: dict[str, 
     found: by case, for each size of `compiled_tokens`, the result of `profile`, or a word on why there is none.
     """
     floors = {case: results[0] for case, results in found.items() if case.startswith(FLOOR)}
-    word = next((r for r in floors.values() if isinstance(r, str)), None)
-    cycles: dict[str, Any] = {"floor": word or dense_passes({case: r["cycles"][case] for case, r in floors.items()})}
+    known = {case: r["cycles"][case] for case, r in floors.items() if not isinstance(r, str)}
+    missing = {case: r for case, r in floors.items() if case not in known}
+    cycles: dict[str, Any] = {"floor": dense_passes(known), **missing}
     for case, results in found.items():
         if case in floors:
             continue
@@ -299,27 +309,24 @@ def ratios(result: dict[str, Any]) -> dict[str, float]:
     """
     total = {case: sum(r.values()) for case, r in result.items() if isinstance(r, dict)}
     floor = result["floor"]
-    if isinstance(floor, str):
-        return {}
     if isinstance(saved := result.get("forward, gate and up saved"), dict):
         total["gate and up again"] = saved["routed_gate_up"]
     moves = result.get("permutation")
-    forward, backward = floor["dense forward"], floor["dense forward + backward"] - floor["dense forward"]
     passes = {  # kernels, rows that are moved (x into slot order, y back), floor
-        "forward": (("forward",), "xy", forward),
-        "forward, gate and up saved": (("forward, gate and up saved",), "xy", forward),
-        "backward, text frozen": (("backward, text frozen",), "xy", backward),
-        "forward + backward, text frozen": (("forward, gate and up saved", "backward, text frozen"), "xyxy", forward + backward),
+        "forward": (("forward",), "xy", "dense forward"),
+        "forward, gate and up saved": (("forward, gate and up saved",), "xy", "dense forward"),
+        "backward, text frozen": (("backward, text frozen",), "xy", "dense backward"),
+        "forward + backward, text frozen": (("forward, gate and up saved", "backward, text frozen"), "xyxy", "dense forward + backward"),
         "the same under full remat": (
             ("forward, gate and up saved", "gate and up again", "backward, text frozen"),
             "xyxxy",
-            floor["dense under full remat"],
+            "dense under full remat",
         ),
     }
     table = {}
-    for name, (parts, rows, dense_cycles) in passes.items():
-        if all(part in total for part in parts):
-            kernels = sum(total[part] for part in parts)
+    for name, (parts, rows, dense) in passes.items():
+        if dense in floor and all(part in total for part in parts):
+            kernels, dense_cycles = sum(total[part] for part in parts), floor[dense]
             table[f"{name}: kernels"] = round(kernels / dense_cycles, 3)
             if isinstance(moves, dict) and "routing" in total:
                 cost = {"x": moves["routed_to_slots"], "y": moves["routed_to_tokens"]}

@@ -136,15 +136,18 @@ def test_a_record_of_what_was_compiled_and_what_was_not(monkeypatch: pytest.Monk
     made = aot_tpu.record("v6e:2x2", 16384, 2048, 8192, results)
     assert made["kernels compiled at"] == (4096, 6144) and made["ratios"] == {"forward: kernels": 1.0}
     backward = 3e6 + 2 * 4e6 + 2 * 5e6 + 6e6
-    passes = {"dense forward": 4e6, "dense forward + backward": 4e6 + backward, "dense under full remat": 6e6 + backward}
-    assert made["cycles"]["floor"] == passes
-    results[next(iter(floor))] = ["no estimate"]
+    both = {"dense forward + backward": 4e6 + backward, "dense under full remat": 6e6 + backward}
+    assert made["cycles"]["floor"] == {"dense forward": 4e6, "dense backward": backward, **both}
+    results["floor: h^T dy"] = ["no estimate"]
+    made = aot_tpu.record("v6e:2x2", 16384, 2048, 8192, results)
+    assert made["ratios"] and made["cycles"]["floor"] == {"dense forward": 4e6} and made["cycles"]["floor: h^T dy"] == "no estimate"
+    results["floor: x up"] = ["no estimate"]
     assert not aot_tpu.record("v6e:2x2", 16384, 2048, 8192, results)["ratios"]
     assert made["cycles"]["permutation"] == "no estimate within 1 s" and made["vmem"] == {"forward": {"routed_ffn": 7}}
 
 
 def test_static_ratios_count_the_routing_once_and_every_move() -> None:
-    floor = {"dense forward": 100.0, "dense forward + backward": 300.0, "dense under full remat": 380.0}
+    floor = {"dense forward": 100.0, "dense backward": 200.0, "dense forward + backward": 300.0, "dense under full remat": 380.0}
     cycles = {
         "floor": floor,
         "forward": {"routed_ffn": 101.0},
@@ -161,4 +164,4 @@ def test_static_ratios_count_the_routing_once_and_every_move() -> None:
     assert not any(name.startswith("backward") for name in aot_tpu.ratios({**cycles, "backward, text frozen": "no estimate"}))
     without = aot_tpu.ratios({**cycles, "permutation": "no estimate"})
     assert without["forward: kernels"] == 1.01 and not any(name.endswith(": all") for name in without)
-    assert aot_tpu.ratios({**cycles, "floor": "no estimate"}) == {}
+    assert aot_tpu.ratios({**cycles, "floor": {}}) == {}
