@@ -131,7 +131,8 @@ def test_every_case_of_the_estimate_can_be_traced(generation: str) -> None:
 def test_a_record_of_what_was_compiled_and_what_was_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aot_tpu.importlib.metadata, "version", lambda name: f"{name} 1.0")
     small, large = ({"cycles": {"routed_ffn": count}, "vmem": {"routed_ffn": 7}} for count in (1e6, 1.5e6))
-    floor = {case: [{"cycles": {case: 1e6 * n}, "vmem": {}}] for n, case in enumerate(aot_tpu.floor_cases(16384, 2048, 8192), 1)}
+    sizes = {case: aot_tpu.compiled_tokens("v6e", 16384, case) for case in aot_tpu.floor_cases(16384, 2048, 8192)}
+    floor = {case: [{"cycles": {case: 1e6 * n * size / 16384}, "vmem": {}} for size in sizes[case]] for n, case in enumerate(sizes, 1)}
     results = {**floor, "forward": [small, large], "permutation": ["no estimate within 1 s"]}
     made = aot_tpu.record("v6e:2x2", 16384, 2048, 8192, results)
     assert made["kernels compiled at"] == (4096, 6144) and made["ratios"] == {"forward: kernels": 1.0}
