@@ -7,7 +7,7 @@ kernel counts with the larger of the estimate and the time its bytes take at the
 dense layer take, compiled one by one.
 
 The estimator walks through every step of a kernel's grid, and needs 20 GB for the backward pass of 16,384 tokens. Above MOST_TOKENS
-all but the floor is compiled at two smaller sizes, two row tiles apart, and what a tile adds is counted as often as there are tiles.
+what needs too much is compiled at two smaller sizes, two row tiles apart, and what a tile adds is counted as often as there are tiles.
 """
 
 from __future__ import annotations
@@ -100,7 +100,8 @@ def kernel_cases(generation: str, tokens: int, width: int, inner: int) -> dict[s
     """What is profiled, each alone, with its operands as parameters of the program. bfloat16."""
     multiple = min(TPU_ROWS[generation], tokens // 4)
     counts = (tokens // 2 - 1, tokens // 2 + 1)
-    moves = moves_of(make_routing(runs(tokens), row_multiple=multiple), tpu.SUB_ROWS)
+    known = make_routing(runs(tokens), row_multiple=multiple)
+    moves = moves_of(known, tpu.Tpu(generation).sub_rows(known))
     backend = tpu.Tpu(generation, counts=counts, moves=moves)
     x, weights = array(tokens, width), (array(width, inner), array(width, inner), array(inner, width))
     routing = jax.eval_shape(lambda e: make_routing(e, row_multiple=multiple), array(tokens, dtype=jnp.int32))

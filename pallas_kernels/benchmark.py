@@ -188,6 +188,9 @@ def main() -> None:
     if a.static and a.static.split(":")[0] not in aot_tpu.CHIPS:
         parser.error(f"--static {a.static}: the chip must be one of {', '.join(aot_tpu.CHIPS)}, as in v5e:2x2")
     if a.case:
+        cases = aot_tpu.all_cases(a.static.split(":")[0], a.tokens, a.width, a.inner) if a.static else {}
+        if a.case not in cases:
+            parser.error(f"--case {a.case}: with --static, one of {', '.join(cases) or 'its cases'}")
         print(json.dumps(aot_tpu.profile(a.static, a.case, a.tokens, a.width, a.inner)))
         return
     if a.static:

@@ -102,10 +102,10 @@ class Tpu:
     moves: tuple[tpu_permutation.Estimate, tpu_permutation.Estimate] = (None, None)
 
     def to_slots(self, x: jax.Array, routing: Routing) -> jax.Array:
-        return tpu_permutation.to_slots(x, routing, self._sub_rows(routing), self.interpret, self._cores, self.moves[0])
+        return tpu_permutation.to_slots(x, routing, self.sub_rows(routing), self.interpret, self._cores, self.moves[0])
 
     def to_tokens(self, x: jax.Array, routing: Routing) -> jax.Array:
-        return tpu_permutation.to_tokens(x, routing, self._sub_rows(routing), self.interpret, self._cores, self.moves[1])
+        return tpu_permutation.to_tokens(x, routing, self.sub_rows(routing), self.interpret, self._cores, self.moves[1])
 
     def linear(self, x: jax.Array, kernels: Kernels, routing: Routing) -> jax.Array:
         return self._grouped("linear", _matmul, routing, x, tuple((k,) for k in kernels))[0]
@@ -255,8 +255,8 @@ class Tpu:
             @pl.when(f == 0)
             def _():
                 total[...] = jnp.zeros_like(total)
-                for turned, straight in zip(turned_refs, wide_refs, strict=True):
-                    if transposed:
+                if transposed:
+                    for turned, straight in zip(turned_refs, wide_refs, strict=True):
                         turned[...] = straight[...].T
 
             for e in range(experts):
@@ -265,10 +265,11 @@ class Tpu:
                 def tile(part, ws=ws):
                     blocks = [w[...] for w in ws]
                     results = compute([r[at(part)] for r in turned_refs], [r[part] for r in narrow_refs], blocks)
-                    for out, result in zip(outs, results, strict=bool(outs)):
-                        out[at(part)] = result
-                    if outs and self.generation in READ_AGAIN:
-                        results = [out[at(part)] for out in outs]
+                    if outs:
+                        for out, result in zip(outs, results, strict=True):
+                            out[at(part)] = result
+                        if self.generation in READ_AGAIN:
+                            results = [out[at(part)] for out in outs]
                     total[at(part)] += reduce(results, blocks)
 
                 _filled_parts(place.valid(e, s, rows), rows, sub, rows // 2, tile)
@@ -437,7 +438,8 @@ class Tpu:
     def _most_rows(self, routing: Routing) -> int:
         return math.gcd(routing.block_rows, TPU_ROWS.get(self.generation, 512))
 
-    def _sub_rows(self, routing: Routing) -> int:
+    def sub_rows(self, routing: Routing) -> int:
+        """Rows of a sub-block, and of what is moved at once."""
         return math.gcd(self._most_rows(routing), SUB_ROWS)
 
     def _used(self, routing: Routing, rows: int, experts: Sequence[int] | None = None) -> int:
@@ -456,7 +458,7 @@ class Tpu:
     ) -> tuple[int, int, int]:
         """Rows and columns of a tile, and rows of a sub-block: of the tiles whose blocks fit into VMEM, the one that does most work for
         each byte it moves. All kernels of a routing have the same sub-blocks, so that one reads only what another has written."""
-        largest, sub = self._most_rows(routing), self._sub_rows(routing)
+        largest, sub = self._most_rows(routing), self.sub_rows(routing)
         rows = [largest >> i for i in range(6) if largest >> i >= sub]
         budget = _vmem(self.generation) * 7 // 8  # the rest is for the compiler's temporaries
         fitting = [(r, c) for r in rows for c in COLUMNS if c <= most and width % c == 0 and blocks(r, c) <= budget]

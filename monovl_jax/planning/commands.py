@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -64,6 +65,16 @@ def plan(
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
+    def told(found: Iterable[Any], lines: Callable[..., list[str]], write: Callable[..., None]) -> list[Any]:
+        """All that is found, printed and written stage by stage as it comes."""
+        made = []
+        for one in found:
+            made.append(one)
+            print("\n".join(lines(one)), flush=True)
+            if out is not None:
+                write(out, recipe, topology, made)
+        return made
+
     def answers() -> int:
         planning.check_outputs((out,))
         rows, prompt = 8 if batch_size is None else batch_size, 2048 if sequence_length is None else sequence_length
@@ -86,23 +97,14 @@ def plan(
             return answers()
         files = (out, picture)
         job = planning.prepare(recipe, init=init, stages=stages, batch_size=batch_size, sequence_length=sequence_length, outputs=files)
+        how = {"mesh": mesh, "accumulation": accumulation, "remat": remat, "cache": cache, "say": say}
         if sweep:
-            sweeps = []
-            for ranking in planning.sweep(job, topology, mesh=mesh, accumulation=accumulation, remat=remat, cache=cache, say=say):
-                sweeps.append(ranking)
-                print("\n".join(report.sweep_lines(ranking)), flush=True)
-                if out is not None:
-                    report.write_sweep(out, recipe, topology, sweeps)
+            sweeps = told(planning.sweep(job, topology, **how), report.sweep_lines, report.write_sweep)
             if picture is not None:
                 report.write_sweep_picture(picture, title, sweeps)
             fits = all(ranking.plans[0].fits for ranking in sweeps)
         else:
-            plans = []
-            for stage in planning.plan(job, topology, mesh=mesh, accumulation=accumulation, remat=remat, cache=cache, say=say):
-                plans.append(stage)
-                print("\n".join(report.stage_lines(stage)), flush=True)
-                if out is not None:
-                    report.write_json(out, recipe, topology, plans)
+            plans = told(planning.plan(job, topology, **how), report.stage_lines, report.write_json)
             if picture is not None:
                 report.write_picture(picture, title, plans)
             fits = all(stage.fits for stage in plans)

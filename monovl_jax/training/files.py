@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import fsspec
 from etils import epath
 
 AnyPath = Path | epath.Path
@@ -20,8 +21,15 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
 
 
 def place(path: str | os.PathLike[str]) -> AnyPath:
-    """The path object of a folder: absolute when local."""
-    return epath.Path(path) if is_remote(path) else Path(path).absolute()
+    """The path object of a folder: absolute when local. Raises OSError when what reads such a bucket is not installed."""
+    if not is_remote(path):
+        return Path(path).absolute()
+    scheme = os.fspath(path).split("://")[0]
+    try:
+        fsspec.get_filesystem_class({"gs": "gcs"}.get(scheme, scheme))
+    except (ImportError, ValueError) as error:
+        raise OSError(f"{os.fspath(path)}: {error}") from None
+    return epath.Path(path)
 
 
 def write_json(path: AnyPath, value: Any) -> None:

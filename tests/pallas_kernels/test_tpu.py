@@ -19,7 +19,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import Routing, aot_tpu, make_routing, routed_linear, routed_swiglu, routing, tpu
+from pallas_kernels import Routing, aot_tpu, api, make_routing, routed_linear, routed_swiglu, routing, tpu
 from pallas_kernels.routing import SMALL
 from tests.pallas_kernels.helpers import LAYERS, TOLERANCE, close, make_inputs, masks, same, stack
 from tests.quick import quick_jit
@@ -178,6 +178,21 @@ def test_no_block_of_an_idle_expert_but_the_first_is_read(kind: str, monkeypatch
     assert all(set(blocks) == {0} for blocks in visual) and all(set(blocks) == {0, 1} for blocks in text)
     if kind == "linear":
         assert text[0] == sorted(text[0]), "each block is read once"
+
+
+@pytest.mark.parametrize("generation", ["v5p", "v6e"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_every_generation_computes_the_same(kind: str, generation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two cores, and results that are not read again; without a TPU the other tests take the v5e's."""
+    monkeypatch.setattr(api, "tpu_generation", lambda: generation)
+    expert, inputs = MASKS["random"], make_inputs(kind, BIG)
+    x, weights, dy = inputs
+
+    def run(x, weights):
+        return layer(kind, x, weights, make_routing(expert, row_multiple=32), "pallas_tpu")
+
+    y, pull = jax.vjp(quick_jit(run), x, weights)
+    close((y, pull(dy)), compiled(kind, "reference")(x, weights, expert, dy), 1e-5)
 
 
 @pytest.mark.parametrize("tiles", [1, 2, 9, 34])

@@ -334,6 +334,7 @@ def test_ls_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().err.count("is no run directory: it has no experiment.json") == 2
 
 
+@pytest.mark.usefixtures("bucket")
 def test_paths_of_a_bucket_keep_their_form() -> None:
     store = StageStore("gs://bucket/runs/one", "S0")
     assert isinstance(store.step_folder(3), epath.Path)
@@ -359,6 +360,18 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setitem(sys.modules["fsspec.registry"].__dict__["_registry"], "gcs", Fake)
     assert registry["gcs"] is Fake
     return "gs://bucket/runs/one"
+
+
+def test_a_bucket_that_nothing_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OSError, match=r"^nosuch://bucket/run: Protocol not known: nosuch"):
+        place("nosuch://bucket/run")
+
+    def missing(scheme: str) -> None:
+        raise ImportError(f"Please install what reads {scheme}")
+
+    monkeypatch.setattr("fsspec.get_filesystem_class", missing)
+    with pytest.raises(OSError, match=r"^gs://bucket/run: Please install what reads gcs"):
+        find_start("gs://bucket/run")
 
 
 def test_a_run_in_a_bucket(bucket: str) -> None:
