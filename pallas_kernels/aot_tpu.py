@@ -101,7 +101,7 @@ def kernel_cases(generation: str, tokens: int, width: int, inner: int) -> dict[s
     multiple = min(TPU_ROWS[generation], tokens // 4)
     counts = (tokens // 2 - 1, tokens // 2 + 1)
     known = make_routing(runs(tokens), row_multiple=multiple)
-    moves = moves_of(known, tpu.Tpu(generation).sub_rows(known))
+    moves = moves_of(known, tpu.Tpu(generation).move_rows(known))
     backend = tpu.Tpu(generation, counts=counts, moves=moves)
     x, weights = array(tokens, width), (array(width, inner), array(width, inner), array(inner, width))
     routing = jax.eval_shape(lambda e: make_routing(e, row_multiple=multiple), array(tokens, dtype=jnp.int32))

@@ -30,8 +30,9 @@ COLUMNS = (2048, 1024, 512, 256, 128)
 MOST_COLUMNS, WIDE = 1024, 2048
 """The most columns of a block; WIDE in a weight gradient, whose left operand is read again for each block of the right one's columns."""
 
-SUB_ROWS = 256
-"""Rows of a sub-block, and of what `tpu_permutation` moves at once: so every sub-block with a token is filled up with zeros."""
+SUB_ROWS, MOVE_ROWS = 128, 256
+"""Rows of a sub-block, and of what `tpu_permutation` moves at once: a multiple, so that every sub-block with a token is filled up with
+zeros."""
 
 VMEM = {"v5e": 62 << 20, "v5p": 32 << 20, "v6e": 62 << 20}
 """Bytes of VMEM for the blocks of a kernel and the compiler's temporaries, by generation; 32 MiB on others. XLA may put results of its own
@@ -102,10 +103,10 @@ class Tpu:
     moves: tuple[tpu_permutation.Estimate, tpu_permutation.Estimate] = (None, None)
 
     def to_slots(self, x: jax.Array, routing: Routing) -> jax.Array:
-        return tpu_permutation.to_slots(x, routing, self.sub_rows(routing), self.interpret, self._cores, self.moves[0])
+        return tpu_permutation.to_slots(x, routing, self.move_rows(routing), self.interpret, self._cores, self.moves[0])
 
     def to_tokens(self, x: jax.Array, routing: Routing) -> jax.Array:
-        return tpu_permutation.to_tokens(x, routing, self.sub_rows(routing), self.interpret, self._cores, self.moves[1])
+        return tpu_permutation.to_tokens(x, routing, self.move_rows(routing), self.interpret, self._cores, self.moves[1])
 
     def linear(self, x: jax.Array, kernels: Kernels, routing: Routing) -> jax.Array:
         return self._grouped("linear", _matmul, routing, x, tuple((k,) for k in kernels))[0]
@@ -173,7 +174,7 @@ class Tpu:
                     for out, result in zip(outs, compute(x[part], [w[...] for w in ws]), strict=True):
                         out[part] = result.astype(out.dtype)
 
-                _filled_parts(place.valid(e, s, rows), rows, sub, rows // 2, tile)
+                _filled_parts(place.valid(e, s, rows), rows, sub, tile)
 
         def row_tile(n, s, place):
             return jnp.minimum(s, self._place(place, routing, rows).last(rows)), 0
@@ -272,7 +273,7 @@ class Tpu:
                             results = [out[at(part)] for out in outs]
                     total[at(part)] += reduce(results, blocks)
 
-                _filled_parts(place.valid(e, s, rows), rows, sub, rows // 2, tile)
+                _filled_parts(place.valid(e, s, rows), rows, sub, tile)
 
             @pl.when(f == steps - 1)
             def _():
@@ -358,7 +359,7 @@ class Tpu:
                     product = jax.lax.dot_general(block, right_ref[part], contracted, preferred_element_type=f32)
                     total[...] = jnp.where(fresh, 0.0, total[...]) + product
 
-            _filled_parts(place.count[expert] - s * rows, rows, sub, rows - sub + 1, tile)  # never a row that was not written
+            _filled_parts(place.count[expert] - s * rows, rows, sub, tile)
 
             @pl.when(s == steps - 1)
             def _():
@@ -438,9 +439,9 @@ class Tpu:
     def _most_rows(self, routing: Routing) -> int:
         return math.gcd(routing.block_rows, TPU_ROWS.get(self.generation, 512))
 
-    def sub_rows(self, routing: Routing) -> int:
-        """Rows of a sub-block, and of what is moved at once."""
-        return math.gcd(self._most_rows(routing), SUB_ROWS)
+    def move_rows(self, routing: Routing) -> int:
+        """Rows that are moved at once."""
+        return math.gcd(self._most_rows(routing), MOVE_ROWS)
 
     def _used(self, routing: Routing, rows: int, experts: Sequence[int] | None = None) -> int:
         """How many tiles of these experts, by default of all, hold tokens; the most there can be where the counts are not given."""
@@ -458,7 +459,8 @@ class Tpu:
     ) -> tuple[int, int, int]:
         """Rows and columns of a tile, and rows of a sub-block: of the tiles whose blocks fit into VMEM, the one that does most work for
         each byte it moves. All kernels of a routing have the same sub-blocks, so that one reads only what another has written."""
-        largest, sub = self._most_rows(routing), self.sub_rows(routing)
+        largest = self._most_rows(routing)
+        sub = math.gcd(largest, SUB_ROWS)
         rows = [largest >> i for i in range(6) if largest >> i >= sub]
         budget = _vmem(self.generation) * 7 // 8  # the rest is for the compiler's temporaries
         fitting = [(r, c) for r in rows for c in COLUMNS if c <= most and width % c == 0 and blocks(r, c) <= budget]
@@ -476,17 +478,15 @@ def _tile_of_step(step: Any, tiles: int, cores: int) -> Any:
     return tiles - 1 - jnp.where(step < half, 2 * step, 2 * (step - half) + 1)
 
 
-def _filled_parts(valid: Any, rows: int, sub: int, whole_from: int, compute: Callable[[Any], None]) -> None:
-    """Runs `compute(row slice)` once on the whole tile if at least `whole_from` of its rows are valid, else on each sub-block with one."""
-    if sub == rows:
-        pl.when(valid > 0)(lambda: compute(pl.ds(0, rows)))
-        return
-    pl.when(valid >= whole_from)(lambda: compute(pl.ds(0, rows)))
-
-    @pl.when((valid > 0) & (valid < whole_from))
-    def _():
-        for start in range(0, rows, sub):
-            pl.when(valid > start)(partial(compute, pl.ds(start, sub)))
+def _filled_parts(valid: Any, rows: int, sub: int, compute: Callable[[Any], None]) -> None:
+    """Runs `compute(row slice)` on the sub-blocks of a tile that hold a valid row: together if they are all, else in halves, quarters, ..."""
+    pl.when(valid > rows - sub)(lambda: compute(pl.ds(0, rows)))
+    filled = jnp.clip((valid + sub - 1) // sub * sub, 0, rows)
+    part = rows // 2
+    while part >= sub:
+        start = pl.multiple_of(filled // (2 * part) * (2 * part), part)
+        pl.when((filled < rows) & (filled % (2 * part) >= part))(partial(compute, pl.ds(start, part)))
+        part //= 2
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -29,7 +29,13 @@ BIG = (150, *WIDTHS)
 MASKS = masks(BIG[0])
 
 
-SMALL_TILES = ((routing, "BLOCKS", 4), (tpu, "TPU_ROWS", {"v5e": 32}), (tpu, "SUB_ROWS", 16), (tpu, "COLUMNS", (128,)))
+SMALL_TILES = (
+    (routing, "BLOCKS", 4),
+    (tpu, "TPU_ROWS", {"v5e": 32}),
+    (tpu, "SUB_ROWS", 8),
+    (tpu, "MOVE_ROWS", 16),
+    (tpu, "COLUMNS", (128,)),
+)
 """Tiles of 32 x 128, so that tiny inputs have blocks of several tiles, tiles partly full, and weights of several columns."""
 
 
@@ -238,7 +244,7 @@ def test_in_scan_and_a_frozen_expert_has_no_weight_gradient(kind: str, weight_ke
 
     programs = [quick_jit(f).lower(*args).compile() for f, args in ((both, ((text, visual), x, expert)), (one, (visual, text, x, expert)))]
     dots = [len(re.findall(r"\bdot\(", p.as_text())) for p in programs]
-    assert dots[0] - dots[1] == 3 * weight_kernels, "one for whole tiles, one for each half of a part"
+    assert dots[0] - dots[1] == 3 * weight_kernels, "one for whole tiles, one for halves, one for quarters"
     want_loss, (_, want) = quick_jit(jax.value_and_grad(deep(kind, "reference", False)))((text, visual), x, expert)
     for (loss, grads), pick in zip([programs[0]((text, visual), x, expert), programs[1](visual, text, x, expert)], (1, None), strict=True):
         close((loss, grads if pick is None else grads[pick]), (want_loss, want), 2e-5)
