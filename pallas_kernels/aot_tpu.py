@@ -2,8 +2,9 @@
 
     python -m pallas_kernels.benchmark --static v6e:2x2 [--tokens 4096] [--out cycles.json]
 
-Half of the tokens are visual, less one, so that both experts end in a partly filled tile. The estimate knows no contention for memory, so a
-kernel counts with the larger of the estimate and the time its bytes take at the chip's bandwidth. The floor is what the matmuls of the
+Half of the tokens are visual and one more, so that both experts end in a partly filled tile. The estimate does not wait for memory: what a
+tile of few rows waits for its owner's weights is added, and a kernel counts with the time its bytes take at the chip's bandwidth if that is
+more. The floor is what the matmuls of the
 dense layer take, compiled one by one.
 
 The estimator walks through every step of a kernel's grid, and needs 20 GB for the backward pass of 16,384 tokens. Above MOST_TOKENS
@@ -22,7 +23,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import Routing, make_routing, tpu, tpu_permutation
 from pallas_kernels.routing import TPU_ROWS
+from pallas_kernels.tpu import SUB_ROWS
 
 CHIPS = {"v5e": (1.5e9, 819e9), "v5p": (1.75e9, 2765e9), "v6e": (1.75e9, 1640e9)}
 """Clock in Hz, inferred from the published peak, and memory bandwidth in bytes per second."""
 CASE_SECONDS = 600
 MOST_TOKENS = 4096
 """Up to so many a case is compiled at its own size."""
+READ_PER_TILE = ("routed_ffn", "routed_ffn_dx")
+"""The kernels of which every row tile reads all weights of its owner."""
 LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 
@@ -54,9 +58,9 @@ def compile_for(topology: str, f: Callable[..., Any], *args: Any) -> Any:
     return jax.jit(whole).trace(*args).lower().compile()
 
 
-def bytes_of_kernels(f: Callable[..., Any], *args: Any) -> collections.Counter[str]:
-    """The bytes each named Pallas kernel of f declares to move, without those whose results f does not use: XLA drops them too."""
-    found: collections.Counter[str] = collections.Counter()
+def kernels_of(f: Callable[..., Any], *args: Any) -> list[dict[str, Any]]:
+    """The parameters of every `pallas_call` of f, without those whose results f does not use: XLA drops them too."""
+    found: list[dict[str, Any]] = []
 
     def walk(jaxpr: Any) -> None:
         live = {v for v in jaxpr.outvars if isinstance(v, Var)}
@@ -65,7 +69,7 @@ def bytes_of_kernels(f: Callable[..., Any], *args: Any) -> collections.Counter[s
                 continue
             live.update(v for v in eqn.invars if isinstance(v, Var))
             if eqn.primitive.name == "pallas_call":
-                found[eqn.params["name"]] += eqn.params["cost_estimate"].bytes_accessed
+                found.append(eqn.params)
             else:
                 for inner in eqn.params.values():
                     if isinstance(inner, ClosedJaxpr):
@@ -99,10 +103,9 @@ def moves_of(routing: Routing, rows: int) -> tuple[tuple[int, int], tuple[int, i
 def kernel_cases(generation: str, tokens: int, width: int, inner: int) -> dict[str, tuple[Callable[..., Any], tuple]]:
     """What is profiled, each alone, with its operands as parameters of the program. bfloat16."""
     multiple = min(TPU_ROWS[generation], tokens // 4)
-    counts = (tokens // 2 - 1, tokens // 2 + 1)
     known = make_routing(runs(tokens), row_multiple=multiple)
     moves = moves_of(known, tpu.Tpu(generation).move_rows(known))
-    backend = tpu.Tpu(generation, counts=counts, moves=moves)
+    backend = tpu.Tpu(generation, counts=halves(tokens), moves=moves)
     x, weights = array(tokens, width), (array(width, inner), array(width, inner), array(inner, width))
     routing = jax.eval_shape(lambda e: make_routing(e, row_multiple=multiple), array(tokens, dtype=jnp.int32))
     slots = routing.source.shape[0]
@@ -184,8 +187,29 @@ def bounded(topology: str, case: str, cycles: dict[str, float], tokens: int, wid
     generation = topology.split(":")[0]
     clock, bandwidth = CHIPS[generation]
     f, args = kernel_cases(generation, tokens, width, inner)[case]
-    moved = bytes_of_kernels(f, *args)
-    return {name: max(count, moved[name] * clock / bandwidth) for name, count in cycles.items()}
+    moved: collections.Counter[str] = collections.Counter()
+    waits = dict.fromkeys(cycles, 0.0)
+    for kernel in kernels_of(f, *args):
+        name = kernel["name"]
+        moved[name] += kernel["cost_estimate"].bytes_accessed * clock / bandwidth
+        if name in READ_PER_TILE:
+            weights = 3 * width * inner * 2 * clock / bandwidth
+            rows = kernel["out_avals"][0].shape[0] // kernel["grid_mapping"].grid[0]
+            waits[name] = waiting(cycles[name], weights, halves(tokens), rows)
+    return {name: max(count + waits[name], moved[name]) for name, count in cycles.items()}
+
+
+def halves(tokens: int) -> tuple[int, int]:
+    """The tokens of each expert, in every case: both end in a partly filled tile."""
+    return tokens // 2 - 1, tokens // 2 + 1
+
+
+def waiting(cycles: float, weights: float, counts: Sequence[int], rows: int) -> float:
+    """How long a kernel waits in those tiles whose rows take less than reading all weights of their owner. In cycles, as its arguments:
+    what its rows take together, and what the weights take once."""
+    tiles = [min(rows, count - first) for count in counts for first in range(0, count, rows)]
+    filled = [-(-tile // SUB_ROWS) * SUB_ROWS for tile in tiles]
+    return sum(max(0.0, weights - cycles * part / sum(filled)) for part in filled)
 
 
 def compiled_tokens(generation: str, tokens: int, case: str) -> tuple[int, ...]:

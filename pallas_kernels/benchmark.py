@@ -191,6 +191,7 @@ def main() -> None:
         cases = aot_tpu.all_cases(a.static.split(":")[0], a.tokens, a.width, a.inner) if a.static else {}
         if a.case not in cases:
             parser.error(f"--case {a.case}: with --static, one of {', '.join(cases) or 'its cases'}")
+        jax.config.update("jax_platforms", "cpu")  # or JAX would start libtpu before it is told to write profiles
         print(json.dumps(aot_tpu.profile(a.static, a.case, a.tokens, a.width, a.inner)))
         return
     if a.static:

@@ -74,7 +74,7 @@ class Visits(NamedTuple):
 
 def _tile_ranges(routing: Routing) -> tuple[jax.Array, jax.Array]:
     """The first tile of each expert and how many hold its tokens, both int32[num_experts]."""
-    first = (jnp.cumsum(routing.blocks) - routing.blocks) * (routing.block_rows // ROWS)
+    first = routing.first_slot // ROWS
     return first, (routing.counts + ROWS - 1) // ROWS
 
 

@@ -60,6 +60,17 @@ class Routing:
         """The most blocks that one expert can own; all experts together own at most num_experts - 1 more."""
         return -(-self.expert.shape[-1] // self.block_rows)
 
+    @property
+    def first_slot(self) -> jax.Array:
+        """int32[num_experts], where the slots of each expert begin."""
+        return before(self.blocks) * self.block_rows
+
+
+def before(x: jax.Array) -> jax.Array:
+    """The sum of what comes before each element, along the last axis. For few: one masked sum, where a running sum is many steps."""
+    i = jnp.arange(x.shape[-1])
+    return jnp.sum(jnp.where(i < i[:, None], x[..., None, :], 0), axis=-1)
+
 
 def _row_multiple(tokens: int) -> int:
     """A quarter of the tokens as a power of two, within the tiles of the TPU; the tile of a Hopper GPU; 1 elsewhere."""
@@ -98,16 +109,14 @@ def make_routing(expert: jax.Array, num_experts: int = 2, row_multiple: int | No
     rows = -(-tokens // (BLOCKS * multiple)) * multiple
     slots = (-(-tokens // rows) + num_experts - 1) * rows
 
-    slot = jnp.full_like(expert, slots)
-    blocks, counts, start = [], [], jnp.int32(0)
-    for e in range(num_experts):
-        mine = expert == e
-        slot = jnp.where(mine, start * rows + jnp.cumsum(mine, dtype=jnp.int32) - 1, slot)
-        counts.append(jnp.sum(mine, dtype=jnp.int32))
-        blocks.append((counts[-1] + rows - 1) // rows)
-        start = start + blocks[-1]
+    mine = expert == jnp.arange(num_experts)[:, None]  # [experts, tokens]
+    running = jnp.stack([jnp.cumsum(m, dtype=jnp.int32) for m in mine])
+    counts = jnp.sum(mine, axis=1, dtype=jnp.int32)
+    blocks = (counts + rows - 1) // rows
+    start = before(blocks) * rows
+    slot = jnp.min(jnp.where(mine, start[:, None] + running - 1, slots), axis=0)
     source = jnp.full((slots,), tokens, jnp.int32).at[slot].set(jnp.arange(tokens, dtype=jnp.int32), mode="drop")
-    return Routing(expert, source, slot, jnp.stack(blocks), jnp.stack(counts), num_experts, rows)
+    return Routing(expert, source, slot, blocks, counts, num_experts, rows)
 
 
 def to_slots(x: jax.Array, routing: Routing) -> jax.Array:

@@ -399,8 +399,7 @@ class Tpu:
     ) -> tuple[jax.Array, ...]:
         """One kernel. operands: (array, block shape, index map); results: (shape, block shape, index map)."""
         shapes = [shape for shape, _, _ in results]
-        first = (jnp.cumsum(routing.blocks) - routing.blocks) * (routing.block_rows // rows)
-        place = jnp.concatenate([first, routing.counts])
+        place = jnp.concatenate([routing.first_slot // rows, routing.counts])
         arrays = [place, *(a for a, _, _ in operands)]
         if not self.interpret:
             # XLA would keep an operand or a result in VMEM, beside the blocks of the kernel, and run out of it

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.routing import Routing
+from pallas_kernels.routing import Routing, before
 
 f32 = jnp.float32
 
@@ -45,15 +45,15 @@ def pairs(routing: Routing, rows: int, by_slot: bool) -> Pairs:
     blocks = pl.cdiv(tokens, rows)
     owner = jnp.pad(routing.expert, (0, blocks * rows - tokens), constant_values=-1).reshape(blocks, rows)
     counts = jnp.sum(owner[:, None, :] == jnp.arange(experts)[:, None], axis=2, dtype=jnp.int32).T  # [experts, blocks]
-    ends = jnp.cumsum(counts, axis=1)
-    first_slot = (jnp.cumsum(routing.blocks) - routing.blocks) * routing.block_rows
-    first = (first_slot[:, None] + ends - counts) // rows
-    tiles = jnp.where(counts > 0, (first_slot[:, None] + ends - 1) // rows - first + 1, 0)
+    start = routing.first_slot[:, None] + before(counts)
+    first = start // rows
+    tiles = jnp.where(counts > 0, (start + counts - 1) // rows - first + 1, 0)
     if not by_slot:
-        tiles = tiles.at[0].add(jnp.sum(tiles, axis=0) == 0)
+        none = jnp.sum(tiles, axis=0) == 0
+        tiles = jnp.where((jnp.arange(experts) == 0)[:, None] & none, 1, tiles)
         tiles, first = tiles.T, first.T
     tiles, first = tiles.reshape(-1), first.reshape(-1)
-    until = jnp.cumsum(tiles)
+    until = before(tiles) + tiles
     step = jnp.arange(experts * blocks + pl.cdiv(tokens, rows) + experts, dtype=jnp.int32)
     step = jnp.clip(step, 0, jnp.maximum(until[-1] - 1, 0))
     run = jnp.sum(step[:, None] >= until, axis=1, dtype=jnp.int32)  # which expert and block, in the order of `until`

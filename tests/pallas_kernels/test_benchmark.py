@@ -114,6 +114,17 @@ def test_a_kernel_takes_at_least_what_its_bytes_take() -> None:
     assert at_least <= moved["routed_to_slots"] <= 1.3 * at_least and moved["routed_to_tokens"] == 1e9 and moved["which tiles"] == 3.0
     weights = 2 * 3 * 2048 * 8192  # bytes of one expert; each row tile reads its owner's
     assert aot_tpu.bounded("v6e:2x2", "forward", {"routed_ffn": 1.0}, **sizes)["routed_ffn"] > 5 * weights * 1.75e9 / 1640e9
+    # 2,047 and 2,049 tokens in tiles of 1,024: four full ones, and one with a sub-block of 128 rows, which waits for the weights
+    read, cycles = weights * 1.75e9 / 1640e9, 33 * 27e3
+    waited = aot_tpu.bounded("v6e:2x2", "forward", {"routed_ffn": cycles}, **sizes)["routed_ffn"] - cycles
+    assert waited == pytest.approx(read - 27e3)
+
+
+def test_a_tile_of_few_rows_waits_for_its_weights() -> None:
+    assert aot_tpu.waiting(900.0, 50.0, (1024, 129), 512) == 0.0  # 10 sub-blocks of 128 rows, 90 each: the last two take 180
+    assert aot_tpu.waiting(900.0, 100.0, (1024, 1), 512) == 0.0  # 9 sub-blocks take 100 each
+    assert aot_tpu.waiting(900.0, 150.0, (1024, 1), 512) == 50.0
+    assert aot_tpu.waiting(900.0, 450.0, (1024, 1), 512) == 350.0 + 50.0 + 50.0
 
 
 @pytest.mark.parametrize("generation", aot_tpu.CHIPS)
@@ -130,6 +141,7 @@ def test_every_case_of_the_estimate_can_be_traced(generation: str) -> None:
 
 def test_a_record_of_what_was_compiled_and_what_was_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aot_tpu.importlib.metadata, "version", lambda name: f"{name} 1.0")
+    monkeypatch.setattr(aot_tpu, "waiting", lambda *args: 0.0)
     small, large = ({"cycles": {"routed_ffn": count}, "vmem": {"routed_ffn": 7}} for count in (1e6, 1.5e6))
     sizes = {case: aot_tpu.compiled_tokens("v6e", 16384, case) for case in aot_tpu.floor_cases(16384, 2048, 8192)}
     floor = {case: [{"cycles": {case: 1e6 * n * size / 16384}, "vmem": {}} for size in sizes[case]] for n, case in enumerate(sizes, 1)}
