@@ -35,8 +35,7 @@ from jax.extend.core import ClosedJaxpr, Var
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import Routing, make_routing, tpu, tpu_permutation
-from pallas_kernels.routing import TPU_ROWS
-from pallas_kernels.tpu import SUB_ROWS
+from pallas_kernels.routing import TPU_LEAST_ROWS, TPU_ROWS, gap
 
 CHIPS = {"v5e": (1.5e9, 819e9), "v5p": (1.75e9, 2765e9), "v6e": (1.75e9, 1640e9)}
 """Clock in Hz, inferred from the published peak, and memory bandwidth in bytes per second."""
@@ -103,11 +102,11 @@ def moves_of(routing: Routing, rows: int) -> tuple[tuple[int, int], tuple[int, i
 def kernel_cases(generation: str, tokens: int, width: int, inner: int) -> dict[str, tuple[Callable[..., Any], tuple]]:
     """What is profiled, each alone, with its operands as parameters of the program. bfloat16."""
     multiple = min(TPU_ROWS[generation], tokens // 4)
-    known = make_routing(runs(tokens), row_multiple=multiple)
+    known = make_routing(runs(tokens), row_multiple=multiple, tile_rows=multiple)
     moves = moves_of(known, tpu.Tpu(generation).move_rows(known))
     backend = tpu.Tpu(generation, counts=halves(tokens), moves=moves)
     x, weights = array(tokens, width), (array(width, inner), array(width, inner), array(inner, width))
-    routing = jax.eval_shape(lambda e: make_routing(e, row_multiple=multiple), array(tokens, dtype=jnp.int32))
+    routing = jax.eval_shape(lambda e: make_routing(e, row_multiple=multiple, tile_rows=multiple), array(tokens, dtype=jnp.int32))
     slots = routing.source.shape[0]
     rows, hidden, experts = array(slots, width), array(slots, inner), (weights, weights)
 
@@ -115,7 +114,7 @@ def kernel_cases(generation: str, tokens: int, width: int, inner: int) -> dict[s
         return backend.to_slots(x, routing), backend.to_tokens(y, routing)
 
     def order(expert: jax.Array) -> tuple[Any, ...]:  # what of a routing these kernels use
-        routing = make_routing(expert, row_multiple=multiple)
+        routing = make_routing(expert, row_multiple=multiple, tile_rows=multiple)
         return routing.slot, routing.blocks, routing.counts
 
     def backward(*args: Any) -> Any:
@@ -195,7 +194,7 @@ def bounded(topology: str, case: str, cycles: dict[str, float], tokens: int, wid
         if name in READ_PER_TILE:
             weights = 3 * width * inner * 2 * clock / bandwidth
             rows = kernel["out_avals"][0].shape[0] // kernel["grid_mapping"].grid[0]
-            waits[name] = waiting(cycles[name], weights, halves(tokens), rows)
+            waits[name] = waiting(cycles[name], weights, halves(tokens), rows, min(TPU_ROWS[generation], tokens // 4))
     return {name: max(count + waits[name], moved[name]) for name, count in cycles.items()}
 
 
@@ -204,12 +203,16 @@ def halves(tokens: int) -> tuple[int, int]:
     return tokens // 2 - 1, tokens // 2 + 1
 
 
-def waiting(cycles: float, weights: float, counts: Sequence[int], rows: int) -> float:
-    """How long a kernel waits in those tiles whose rows take less than reading all weights of their owner. In cycles, as its arguments:
-    what its rows take together, and what the weights take once."""
-    tiles = [min(rows, count - first) for count in counts for first in range(0, count, rows)]
-    filled = [-(-tile // SUB_ROWS) * SUB_ROWS for tile in tiles]
-    return sum(max(0.0, weights - cycles * part / sum(filled)) for part in filled)
+def waiting(cycles: float, weights: float, counts: Sequence[int], rows: int, tile_rows: int) -> float:
+    """How long a kernel waits in those tiles whose rows take less than reading all weights of their owner. In cycles, as its first
+    arguments: what its rows take together, and what the weights take once. rows, tile_rows: of its tile, and of the largest."""
+    filled = []
+    for count in counts:
+        empty, more = gap(count, tile_rows)
+        for first in range(0, count + more, rows):
+            tile = min(rows, (empty if first < empty + more else count + more) - first)
+            filled.append(-(-tile // TPU_LEAST_ROWS) * TPU_LEAST_ROWS)
+    return sum(max(0.0, weights - cycles * part / sum(filled)) for part in filled if part)
 
 
 def compiled_tokens(generation: str, tokens: int, case: str) -> tuple[int, ...]:

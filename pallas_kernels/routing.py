@@ -7,11 +7,15 @@ Tokens in order (t text, v visual, . padding), blocks of 2 rows:
     slot      0 1 4 5 6 - 2 -          owner     text  text  visual visual none
 
 Every expert starts on a block boundary, so a block belongs to one expert, and each expert wastes less than one block.
+
+A TPU kernel reads all weights of the owner for every tile, which takes as long as computing half a tile. So no tile but an expert's only
+one is less than half full: where the last would be, half a tile of slots before it stays empty.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -27,6 +31,7 @@ TPU_ROWS = {"v5e": 512, "v5p": 512, "v6e": 1024}
 """The most rows that a kernel's tile has on a TPU, by generation; 512 on others. A block is a multiple of the tile (docs/kernels.md)."""
 
 TPU_LEAST_ROWS = 128
+"""The rows of the smallest tile, and of the smallest part of a tile that is computed by itself."""
 
 GPU_ROWS = 128
 """The rows of a kernel's tile on a Hopper GPU."""
@@ -45,6 +50,7 @@ class Routing:
     slot:   int32[N], the slot of each token; S where it has none.
     blocks: int32[num_experts], how many blocks each expert owns.
     counts: int32[num_experts], how many tokens each expert owns.
+    tile_rows: the rows of a TPU kernel's tile, half of which an expert may leave empty (`gap`); 0 where slots follow one another.
     """
 
     expert: jax.Array | Any  # Any: JAX rebuilds pytrees with placeholders in place of arrays
@@ -54,6 +60,7 @@ class Routing:
     counts: jax.Array | Any
     num_experts: int = dataclasses.field(metadata={"static": True})
     block_rows: int = dataclasses.field(metadata={"static": True})
+    tile_rows: int = dataclasses.field(default=0, metadata={"static": True})
 
     @property
     def max_blocks(self) -> int:
@@ -64,6 +71,15 @@ class Routing:
     def first_slot(self) -> jax.Array:
         """int32[num_experts], where the slots of each expert begin."""
         return before(self.blocks) * self.block_rows
+
+
+def gap(count: Any, tile_rows: int) -> tuple[Any, Any]:
+    """Of the slots of an expert with so many tokens: where the empty ones begin that it leaves, counted from its first, and how many."""
+    if not tile_rows:
+        return count, count * 0
+    last = (count - 1) // tile_rows * tile_rows
+    rows = (tile_rows // 2) * ((last > 0) & (count - last <= tile_rows // 2))
+    return last - rows, rows
 
 
 def before(x: jax.Array) -> jax.Array:
@@ -80,7 +96,7 @@ def _row_multiple(tokens: int) -> int:
     return max(TPU_LEAST_ROWS, min(TPU_ROWS.get(generation, 512), 1 << (tokens // 4).bit_length()))
 
 
-def make_routing(expert: jax.Array, num_experts: int = 2, row_multiple: int | None = None) -> Routing:
+def make_routing(expert: jax.Array, num_experts: int = 2, row_multiple: int | None = None, tile_rows: int | None = None) -> Routing:
     """Sorts tokens by expert.
 
     Args:
@@ -88,6 +104,7 @@ def make_routing(expert: jax.Array, num_experts: int = 2, row_multiple: int | No
         counts as none; under `jax.experimental.checkify.checkify` it is an error.
       num_experts: static.
       row_multiple: static; the rows of a block are a multiple of it. None takes the kernels' tile on a TPU or Hopper GPU, else 1.
+      tile_rows: static; the rows of a TPU kernel's largest tile, a divisor of row_multiple. None takes those of this TPU, else 0.
 
     Raises ValueError for an empty or non-integer array, and for a row multiple below 1.
     """
@@ -113,10 +130,15 @@ def make_routing(expert: jax.Array, num_experts: int = 2, row_multiple: int | No
     running = jnp.stack([jnp.cumsum(m, dtype=jnp.int32) for m in mine])
     counts = jnp.sum(mine, axis=1, dtype=jnp.int32)
     blocks = (counts + rows - 1) // rows
-    start = before(blocks) * rows
-    slot = jnp.min(jnp.where(mine, start[:, None] + running - 1, slots), axis=0)
+    generation = tpu_generation()
+    if tile_rows is None:
+        tile_rows = math.gcd(rows, TPU_ROWS.get(generation, 512)) if generation else 0
+    tile_rows = tile_rows if tile_rows >= 2 * TPU_LEAST_ROWS else 0
+    empty, more = gap(counts, tile_rows)
+    start = (before(blocks) * rows)[:, None] + running - 1
+    slot = jnp.min(jnp.where(mine, start + jnp.where(running > empty[:, None], more[:, None], 0), slots), axis=0)
     source = jnp.full((slots,), tokens, jnp.int32).at[slot].set(jnp.arange(tokens, dtype=jnp.int32), mode="drop")
-    return Routing(expert, source, slot, blocks, counts, num_experts, rows)
+    return Routing(expert, source, slot, blocks, counts, num_experts, rows, tile_rows)
 
 
 def to_slots(x: jax.Array, routing: Routing) -> jax.Array:

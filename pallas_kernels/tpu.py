@@ -23,16 +23,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu_permutation
-from pallas_kernels.routing import TPU_ROWS, Routing
+from pallas_kernels.routing import TPU_LEAST_ROWS, TPU_ROWS, Routing, gap
 from pallas_kernels.vjp import Experts, Kernels
 
 COLUMNS = (2048, 1024, 512, 256, 128)
 MOST_COLUMNS, WIDE = 1024, 2048
 """The most columns of a block; WIDE in a weight gradient, whose left operand is read again for each block of the right one's columns."""
 
-SUB_ROWS, MOVE_ROWS = 128, 256
-"""Rows of a sub-block, and of what `tpu_permutation` moves at once: a multiple, so that every sub-block with a token is filled up with
-zeros."""
+MOVE_ROWS = 256
+"""Rows that `tpu_permutation` moves at once: a multiple of TPU_LEAST_ROWS, so that every sub-block with a token is filled up with zeros."""
 
 VMEM = {"v5e": 62 << 20, "v5p": 32 << 20, "v6e": 62 << 20}
 """Bytes of VMEM for the blocks of a kernel and the compiler's temporaries, by generation; 32 MiB on others. XLA may put results of its own
@@ -67,17 +66,26 @@ def unsupported(generation: str, rows: int, widths: Sequence[int], dtype: Any, i
 
 
 class Place(NamedTuple):
-    """Where the experts' tokens are, per expert: the first tile, and the number of tokens. Scalars, in a kernel and around it."""
+    """Where the experts' tokens are, per expert: the first tile, the number of tokens, and of the expert's slots where the empty ones begin
+    and how many they are (`routing.gap`). Scalars, in a kernel and around it."""
 
     first: Sequence[Any]
     count: Sequence[Any]
+    empty: Sequence[Any]
+    more: Sequence[Any]
 
     def valid(self, e: int, tile: Any, rows: int) -> Any:
         """How many rows from the start of a tile on belong to expert e: none where it is 0 or less, or before the expert's first tile."""
-        return jnp.where(tile >= self.first[e], self.count[e] - (tile - self.first[e]) * rows, 0)
+        slot = (tile - self.first[e]) * rows
+        rest = jnp.where(slot < self.empty[e] + self.more[e], self.empty[e], self.end(e)) - slot
+        return jnp.where(tile >= self.first[e], rest, 0)
+
+    def end(self, e: int) -> Any:
+        """How many slots of the expert there are up to its last token."""
+        return self.count[e] + self.more[e]
 
     def tiles(self, e: int, rows: int) -> Any:
-        return (self.count[e] + rows - 1) // rows
+        return (self.end(e) + rows - 1) // rows
 
     def last(self, rows: int) -> Any:
         """The last tile with tokens; idle steps read it again, but write their own: cores share the tiles."""
@@ -182,7 +190,7 @@ class Tpu:
         def weight_block(e, n, s, place):
             place = self._place(place, routing, rows)
             # the next block is on its way as soon as the expert's last tile is done, while others compute
-            done = (s - place.first[e]) * rows >= place.count[e]
+            done = (s - place.first[e]) * rows >= place.end(e)
             block = jnp.where(place.count[e] == 0, 0, jnp.where(done, jnp.minimum(n + 1, steps - 1), n))
             return (block, 0) if transposed else (0, block)
 
@@ -345,7 +353,7 @@ class Tpu:
             return 2 * size * rows * (count * tk + columns) + count * tk * columns * (4 + 4 + 2 * size)
 
         rows, tm, sub = self._tiles(routing, m, blocks, WIDE)
-        steps = pl.cdiv(routing.expert.shape[0], rows)
+        steps = routing.max_blocks * routing.block_rows // rows
 
         def body(place, *refs):
             place, s = self._place(place, routing, rows), pl.program_id(2)
@@ -359,7 +367,7 @@ class Tpu:
                     product = jax.lax.dot_general(block, right_ref[part], contracted, preferred_element_type=f32)
                     total[...] = jnp.where(fresh, 0.0, total[...]) + product
 
-            _filled_parts(place.count[expert] - s * rows, rows, sub, tile)
+            _filled_parts(place.valid(expert, place.first[expert] + s, rows), rows, sub, tile)
 
             @pl.when(s == steps - 1)
             def _():
@@ -399,7 +407,7 @@ class Tpu:
     ) -> tuple[jax.Array, ...]:
         """One kernel. operands: (array, block shape, index map); results: (shape, block shape, index map)."""
         shapes = [shape for shape, _, _ in results]
-        place = jnp.concatenate([routing.first_slot // rows, routing.counts])
+        place = jnp.concatenate([routing.first_slot // rows, routing.counts, *gap(routing.counts, routing.tile_rows)])
         arrays = [place, *(a for a, _, _ in operands)]
         if not self.interpret:
             # XLA would keep an operand or a result in VMEM, beside the blocks of the kernel, and run out of it
@@ -425,18 +433,19 @@ class Tpu:
     def _place(self, place: Any, routing: Routing, rows: int) -> Place:
         n = routing.num_experts
         if self.counts is None:
-            return Place([place[e] for e in range(n)], [place[n + e] for e in range(n)])
+            return Place(*([place[i * n + e] for e in range(n)] for i in range(4)))
         first, blocks = [0], [-(-c // routing.block_rows) for c in self.counts]
         for b in blocks[:-1]:
             first.append(first[-1] + b * (routing.block_rows // rows))
-        return Place(first, list(self.counts))
+        empty, more = zip(*(gap(c, routing.tile_rows) for c in self.counts), strict=True)
+        return Place(first, list(self.counts), empty, more)
 
     @property
     def _cores(self) -> int:
         return 2 if self.generation in TWO_CORES else 1
 
     def _most_rows(self, routing: Routing) -> int:
-        return math.gcd(routing.block_rows, TPU_ROWS.get(self.generation, 512))
+        return routing.tile_rows or math.gcd(routing.block_rows, TPU_ROWS.get(self.generation, 512))
 
     def move_rows(self, routing: Routing) -> int:
         """Rows that are moved at once."""
@@ -446,7 +455,8 @@ class Tpu:
         """How many tiles of these experts, by default of all, hold tokens; the most there can be where the counts are not given."""
         if self.counts is None:
             return -(-routing.expert.shape[0] // rows) + (routing.num_experts - 1 if experts is None else 0)
-        return sum(-(-self.counts[e] // rows) for e in (range(routing.num_experts) if experts is None else experts))
+        place = self._place(None, routing, rows)
+        return sum(place.tiles(e, rows) for e in (range(routing.num_experts) if experts is None else experts))
 
     def _tiles(
         self,
@@ -459,7 +469,7 @@ class Tpu:
         """Rows and columns of a tile, and rows of a sub-block: of the tiles whose blocks fit into VMEM, the one that does most work for
         each byte it moves. All kernels of a routing have the same sub-blocks, so that one reads only what another has written."""
         largest = self._most_rows(routing)
-        sub = math.gcd(largest, SUB_ROWS)
+        sub = math.gcd(largest, TPU_LEAST_ROWS)
         rows = [largest >> i for i in range(6) if largest >> i >= sub]
         budget = _vmem(self.generation) * 7 // 8  # the rest is for the compiler's temporaries
         fitting = [(r, c) for r in rows for c in COLUMNS if c <= most and width % c == 0 and blocks(r, c) <= budget]
@@ -478,13 +488,13 @@ def _tile_of_step(step: Any, tiles: int, cores: int) -> Any:
 
 
 def _filled_parts(valid: Any, rows: int, sub: int, compute: Callable[[Any], None]) -> None:
-    """Runs `compute(row slice)` on the sub-blocks of a tile that hold a valid row: together if they are all, else in halves, quarters, ..."""
+    """Runs `compute(row slice)` on those sub-blocks of a tile that hold a valid row: together if all do, else in halves, quarters, ..."""
     pl.when(valid > rows - sub)(lambda: compute(pl.ds(0, rows)))
-    filled = jnp.clip((valid + sub - 1) // sub * sub, 0, rows)
     part = rows // 2
     while part >= sub:
-        start = pl.multiple_of(filled // (2 * part) * (2 * part), part)
-        pl.when((filled < rows) & (filled % (2 * part) >= part))(partial(compute, pl.ds(start, part)))
+        for start in range(0, rows, 2 * part):
+            # all before `start` is full; of the two parts that follow, the first is full too, and the second is not
+            pl.when((valid > start + part - sub) & (valid <= start + 2 * part - sub))(partial(compute, pl.ds(start, part)))
         part //= 2
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.routing import Routing, before
+from pallas_kernels.routing import Routing, before, gap
 
 f32 = jnp.float32
 
@@ -45,16 +45,21 @@ def pairs(routing: Routing, rows: int, by_slot: bool) -> Pairs:
     blocks = pl.cdiv(tokens, rows)
     owner = jnp.pad(routing.expert, (0, blocks * rows - tokens), constant_values=-1).reshape(blocks, rows)
     counts = jnp.sum(owner[:, None, :] == jnp.arange(experts)[:, None], axis=2, dtype=jnp.int32).T  # [experts, blocks]
-    start = routing.first_slot[:, None] + before(counts)
-    first = start // rows
-    tiles = jnp.where(counts > 0, (start + counts - 1) // rows - first + 1, 0)
+    empty, more = (a[:, None] for a in gap(routing.counts, routing.tile_rows))
+
+    def tile_of(rank: jax.Array) -> jax.Array:
+        return (routing.first_slot[:, None] + rank + jnp.where(rank >= empty, more, 0)) // rows
+
+    earlier = before(counts)
+    first = tile_of(earlier)
+    tiles = jnp.where(counts > 0, tile_of(earlier + counts - 1) - first + 1, 0)
     if not by_slot:
         none = jnp.sum(tiles, axis=0) == 0
         tiles = jnp.where((jnp.arange(experts) == 0)[:, None] & none, 1, tiles)
         tiles, first = tiles.T, first.T
     tiles, first = tiles.reshape(-1), first.reshape(-1)
     until = before(tiles) + tiles
-    step = jnp.arange(experts * blocks + pl.cdiv(tokens, rows) + experts, dtype=jnp.int32)
+    step = jnp.arange(experts * (blocks + 1 + routing.tile_rows // 2 // rows) + pl.cdiv(tokens, rows), dtype=jnp.int32)
     step = jnp.clip(step, 0, jnp.maximum(until[-1] - 1, 0))
     run = jnp.sum(step[:, None] >= until, axis=1, dtype=jnp.int32)  # which expert and block, in the order of `until`
     offset = jnp.where(run[:, None] == jnp.arange(tiles.shape[0]), first - (until - tiles), 0)  # a sum, not a gather: those are slow

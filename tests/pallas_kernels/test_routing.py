@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from jax.experimental import checkify
 
 from pallas_kernels import Routing, make_routing
-from pallas_kernels.routing import BLOCKS
+from pallas_kernels import routing as module
+from pallas_kernels.routing import BLOCKS, gap
 from tests.quick import quick_jit
 
 SIZES = (1, 2, 16, 17, 100, 333)
@@ -87,6 +88,27 @@ def test_the_order_of_the_docstring() -> None:
     assert routing.blocks.tolist() == [2, 2]
 
 
+def test_every_tile_of_several_is_half_full() -> None:
+    for count in range(1, 200):
+        empty, more = gap(count, 32)
+        slots = [*range(empty), *range(empty + more, count + more)]
+        assert len(slots) == count
+        tiles = np.bincount(np.array(slots) // 32)
+        assert len(tiles) == -(-count // 32), "no tile more"
+        assert len(tiles) == 1 or tiles.min() >= 16
+
+
+def test_an_expert_leaves_half_a_tile_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """33 tokens of the first expert in tiles of 16 and 17 rows, which begin at slots 0 and 32."""
+    monkeypatch.setattr(module, "TPU_LEAST_ROWS", 16)
+    made = make_routing(jnp.asarray(np.repeat(np.int32([0, 1]), [33, 31])), row_multiple=32, tile_rows=32)
+    assert made.slot.tolist() == [*range(16), *range(32, 49), *range(64, 95)] and made.block_rows == 32
+    assert made.source[:64].tolist() == [*range(16), *[64] * 16, *range(16, 33), *[64] * 15]
+    monkeypatch.setattr(module, "TPU_LEAST_ROWS", 32)
+    contiguous = make_routing(made.expert, row_multiple=32, tile_rows=32)
+    assert contiguous.slot[:33].tolist() == [*range(33)] and contiguous.tile_rows == 0, "half a tile would be too small a part"
+
+
 def test_any_shape_and_integer_type_is_flattened() -> None:
     ids = np.random.default_rng(0).integers(-1, 2, (4, 16)).astype(np.int8)
     check(ids.reshape(-1).astype(np.int32), compiled(2)(ids), 2)
@@ -124,10 +146,11 @@ def test_an_unknown_expert_is_an_error_under_checkify(bad: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "rows", "slots"), [(1, 128, 256), (300, 128, 512), (4096, 1024, 5120), (16384, 1024, 17408), (65536, 4096, 69632)]
+    ("tokens", "rows", "slots", "tile"),
+    [(1, 128, 256, 0), (300, 128, 512, 0), (4096, 1024, 5120, 1024), (16384, 1024, 17408, 1024), (65536, 4096, 69632, 1024)],
 )
-def test_blocks_on_a_tpu(tokens: int, rows: int, slots: int) -> None:
+def test_blocks_on_a_tpu(tokens: int, rows: int, slots: int, tile: int) -> None:
     device = jax.sharding.AbstractDevice(device_kind="TPU v6 lite", num_cores=1, platform="tpu")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("chip",), abstract_device=device)):
         routing = jax.eval_shape(make_routing, jax.ShapeDtypeStruct((tokens,), jnp.int32))
-    assert (routing.block_rows, routing.source.shape[0]) == (rows, slots)
+    assert (routing.block_rows, routing.source.shape[0], routing.tile_rows) == (rows, slots, tile)

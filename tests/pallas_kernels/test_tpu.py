@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import Routing, aot_tpu, api, make_routing, routed_linear, routed_swiglu, routing, tpu
-from pallas_kernels.routing import SMALL
+from pallas_kernels.routing import SMALL, gap
 from tests.pallas_kernels.helpers import LAYERS, TOLERANCE, close, make_inputs, masks, same, stack
 from tests.quick import quick_jit
 
@@ -31,8 +31,9 @@ MASKS = masks(BIG[0])
 
 SMALL_TILES = (
     (routing, "BLOCKS", 4),
+    (routing, "TPU_LEAST_ROWS", 8),
     (tpu, "TPU_ROWS", {"v5e": 32}),
-    (tpu, "SUB_ROWS", 8),
+    (tpu, "TPU_LEAST_ROWS", 8),
     (tpu, "MOVE_ROWS", 16),
     (tpu, "COLUMNS", (128,)),
 )
@@ -58,7 +59,7 @@ def compiled(kind: str, implementation: str = "pallas_tpu", interpret: Any = Tru
     """(x, weights, expert, dy) -> (y, (dx, dweights))."""
 
     def run(x, weights, expert, dy):
-        routing = make_routing(expert, row_multiple=32)
+        routing = make_routing(expert, row_multiple=32, tile_rows=32)
         y, pull = jax.vjp(lambda x, w: layer(kind, x, w, routing, implementation, interpret), x, weights)
         return y, pull(dy)
 
@@ -145,13 +146,15 @@ def test_an_idle_expert_reaches_nothing(kind: str) -> None:
 
 def place_of(routing: Routing) -> tpu.Place:
     tiles = np.asarray(routing.blocks) * (routing.block_rows // 32)
-    return tpu.Place((np.cumsum(tiles) - tiles).tolist(), np.asarray(routing.counts).tolist())
+    counts = np.asarray(routing.counts).tolist()
+    empty, more = zip(*(gap(count, 32) for count in counts), strict=True)
+    return tpu.Place((np.cumsum(tiles) - tiles).tolist(), counts, empty, more)
 
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_every_tile_is_computed_by_the_owner_of_its_tokens(mask: str) -> None:
     expert = MASKS[mask]
-    routing = quick_jit(functools.partial(make_routing, row_multiple=32))(expert)
+    routing = quick_jit(functools.partial(make_routing, row_multiple=32, tile_rows=32))(expert)
     place, slots = place_of(routing), np.asarray(routing.slot)
     tiles = range(len(routing.source) // 32)
     for t in tiles:
@@ -173,7 +176,7 @@ def test_no_block_of_an_idle_expert_but_the_first_is_read(kind: str, monkeypatch
 
     monkeypatch.setattr(pltpu, "PrefetchScalarGridSpec", remember)
     x, weights, _ = jax.tree.map(jnp.asarray, make_inputs(kind, BIG, bias=False))
-    routing = make_routing(jnp.asarray(MASKS["all_text"]), row_multiple=32)
+    routing = make_routing(jnp.asarray(MASKS["all_text"]), row_multiple=32, tile_rows=32)
     jax.eval_shape(lambda x: layer(kind, x, weights, routing, "pallas_tpu"), x)
     assert len(specs) == 3, "the layer is one kernel, between two that move rows"
     specs = specs[1:2]
@@ -195,7 +198,7 @@ def test_every_generation_computes_the_same(kind: str, generation: str, monkeypa
     x, weights, dy = make_inputs(kind, BIG)
 
     def run(x, weights, dy):
-        y, pull = jax.vjp(lambda x, w: layer(kind, x, w, make_routing(expert, row_multiple=32), "pallas_tpu"), x, weights)
+        y, pull = jax.vjp(lambda x, w: layer(kind, x, w, make_routing(expert, row_multiple=32, tile_rows=32), "pallas_tpu"), x, weights)
         return y, pull(dy)
 
     close(quick_jit(run)(x, weights, dy), compiled(kind, "reference")(x, weights, expert, dy), 1e-5)
@@ -217,7 +220,7 @@ def deep(kind: str, implementation: str, remat: bool):
     """(weights stacked over layers, x, expert) -> scalar."""
 
     def loss(weights, x, expert):
-        routing = make_routing(expert, row_multiple=32)
+        routing = make_routing(expert, row_multiple=32, tile_rows=32)
 
         def step(x, w):
             if kind == "linear":
@@ -244,7 +247,7 @@ def test_in_scan_and_a_frozen_expert_has_no_weight_gradient(kind: str, weight_ke
 
     programs = [quick_jit(f).lower(*args).compile() for f, args in ((both, ((text, visual), x, expert)), (one, (visual, text, x, expert)))]
     dots = [len(re.findall(r"\bdot\(", p.as_text())) for p in programs]
-    assert dots[0] - dots[1] == 3 * weight_kernels, "one for whole tiles, one for halves, one for quarters"
+    assert dots[0] - dots[1] == 4 * weight_kernels, "a whole tile, its first half, two quarters"
     want_loss, (_, want) = quick_jit(jax.value_and_grad(deep(kind, "reference", False)))((text, visual), x, expert)
     for (loss, grads), pick in zip([programs[0]((text, visual), x, expert), programs[1](visual, text, x, expert)], (1, None), strict=True):
         close((loss, grads if pick is None else grads[pick]), (want_loss, want), 2e-5)
@@ -257,7 +260,7 @@ def test_vmap_over_tokens_and_over_routings() -> None:
     experts = np.random.default_rng(3).integers(-1, 2, (2, 20)).astype(np.int32)
 
     def loss(x, weights, expert, implementation):
-        return jnp.sum(layer("swiglu", x, weights, make_routing(expert, row_multiple=32), implementation) ** 2)
+        return jnp.sum(layer("swiglu", x, weights, make_routing(expert, row_multiple=32, tile_rows=32), implementation) ** 2)
 
     for axes, expert, transform in (((0, None, None), experts[0], lambda f: f), ((0, None, 0), experts, jax.grad)):
         want, got = (
@@ -371,7 +374,10 @@ def on_a_tpu():
 
 
 @pytest.mark.parametrize(("tokens", "widths", "kernel"), [(SMALL, WIDTHS, True), (SMALL - 1, WIDTHS, False), (SMALL, (128, 200), False)])
-def test_a_tpu_takes_the_kernels_where_they_run(tokens: int, widths: tuple[int, int], kernel: bool) -> None:
+def test_a_tpu_takes_the_kernels_where_they_run(
+    tokens: int, widths: tuple[int, int], kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(routing, "TPU_LEAST_ROWS", 128)
     x, weights, _ = make_inputs("linear", (tokens, *widths))
 
     def run(x, weights, expert):

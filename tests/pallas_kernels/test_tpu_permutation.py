@@ -17,12 +17,17 @@ from tests.quick import quick_jit
 ROWS, WIDTH = 16, 256
 
 
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routing, "TPU_LEAST_ROWS", 8)
+
+
 @functools.cache
 def moved(cores: int):
     """(x, slots, expert) -> (routing, x in slot order, slots in token order), by the kernels and by gathers."""
 
     def run(x, y, expert):
-        made = make_routing(expert, row_multiple=32)
+        made = make_routing(expert, row_multiple=32, tile_rows=32)
         kernels = tpu_permutation.to_slots(x, made, ROWS, True, cores), tpu_permutation.to_tokens(y, made, ROWS, True, cores)
         return made, kernels, (routing.to_slots(x, made), routing.to_tokens(y, made))
 
@@ -64,6 +69,7 @@ def experts(draw) -> np.ndarray:
 @example(np.zeros(150, np.int32))
 @example(np.ones(150, np.int32))
 @example(np.arange(150, dtype=np.int32) % 2)
+@example(np.repeat(np.int32([0, 1]), [33, 117]))  # 33 tokens in tiles of 16 and 17, the second half of the first being empty
 def test_rows_are_those_of_a_gather(expert: np.ndarray) -> None:
     check(*inputs(len(expert), "bfloat16"), expert)
 
