@@ -35,7 +35,7 @@ from jax.extend.core import ClosedJaxpr, Var
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import Routing, make_routing, tpu, tpu_permutation
-from pallas_kernels.routing import TPU_LEAST_ROWS, TPU_ROWS, gap
+from pallas_kernels.routing import TPU_HALF_FULL, TPU_LEAST_ROWS, TPU_ROWS, gap
 
 CHIPS = {"v5e": (1.5e9, 819e9), "v5p": (1.75e9, 2765e9), "v6e": (1.75e9, 1640e9)}
 """Clock in Hz, inferred from the published peak, and memory bandwidth in bytes per second."""
@@ -101,12 +101,12 @@ def moves_of(routing: Routing, rows: int) -> tuple[tuple[int, int], tuple[int, i
 
 def kernel_cases(generation: str, tokens: int, width: int, inner: int) -> dict[str, tuple[Callable[..., Any], tuple]]:
     """What is profiled, each alone, with its operands as parameters of the program. bfloat16."""
-    multiple = min(TPU_ROWS[generation], tokens // 4)
-    known = make_routing(runs(tokens), row_multiple=multiple, tile_rows=multiple)
+    multiple, tile_rows = rows_of(generation, tokens)
+    known = make_routing(runs(tokens), row_multiple=multiple, tile_rows=tile_rows)
     moves = moves_of(known, tpu.Tpu(generation).move_rows(known))
     backend = tpu.Tpu(generation, counts=halves(tokens), moves=moves)
     x, weights = array(tokens, width), (array(width, inner), array(width, inner), array(inner, width))
-    routing = jax.eval_shape(lambda e: make_routing(e, row_multiple=multiple, tile_rows=multiple), array(tokens, dtype=jnp.int32))
+    routing = jax.eval_shape(lambda e: make_routing(e, row_multiple=multiple, tile_rows=tile_rows), array(tokens, dtype=jnp.int32))
     slots = routing.source.shape[0]
     rows, hidden, experts = array(slots, width), array(slots, inner), (weights, weights)
 
@@ -114,7 +114,7 @@ def kernel_cases(generation: str, tokens: int, width: int, inner: int) -> dict[s
         return backend.to_slots(x, routing), backend.to_tokens(y, routing)
 
     def order(expert: jax.Array) -> tuple[Any, ...]:  # what of a routing these kernels use
-        routing = make_routing(expert, row_multiple=multiple, tile_rows=multiple)
+        routing = make_routing(expert, row_multiple=multiple, tile_rows=tile_rows)
         return routing.slot, routing.blocks, routing.counts
 
     def backward(*args: Any) -> Any:
@@ -194,8 +194,14 @@ def bounded(topology: str, case: str, cycles: dict[str, float], tokens: int, wid
         if name in READ_PER_TILE:
             weights = 3 * width * inner * 2 * clock / bandwidth
             rows = kernel["out_avals"][0].shape[0] // kernel["grid_mapping"].grid[0]
-            waits[name] = waiting(cycles[name], weights, halves(tokens), rows, min(TPU_ROWS[generation], tokens // 4))
+            waits[name] = waiting(cycles[name], weights, halves(tokens), rows, rows_of(generation, tokens)[1])
     return {name: max(count + waits[name], moved[name]) for name, count in cycles.items()}
+
+
+def rows_of(generation: str, tokens: int) -> tuple[int, int]:
+    """row_multiple and tile_rows of the routing, as `make_routing` chooses them on that generation."""
+    rows = min(TPU_ROWS[generation], tokens // 4)
+    return rows, rows if generation in TPU_HALF_FULL else 0
 
 
 def halves(tokens: int) -> tuple[int, int]:

@@ -8,8 +8,8 @@ Tokens in order (t text, v visual, . padding), blocks of 2 rows:
 
 Every expert starts on a block boundary, so a block belongs to one expert, and each expert wastes less than one block.
 
-A TPU kernel reads all weights of the owner for every tile, which takes as long as computing half a tile. So no tile but an expert's only
-one is less than half full: where the last would be, half a tile of slots before it stays empty.
+A TPU kernel reads all weights of the owner for every tile, on some generations in the time of half a tile's products. So there no tile but
+an expert's only one is less than half full: where the last would be, half a tile of slots before it stays empty.
 """
 
 from __future__ import annotations
@@ -29,6 +29,10 @@ BLOCKS = 16
 
 TPU_ROWS = {"v5e": 512, "v5p": 512, "v6e": 1024}
 """The most rows that a kernel's tile has on a TPU, by generation; 512 on others. A block is a multiple of the tile (docs/kernels.md)."""
+
+TPU_HALF_FULL = ("v5e", "v6e")
+"""The generations whose tiles are at least half full. A v5p reads the weights in a third of the time of a tile's products, and its two
+cores would share the tiles less evenly."""
 
 TPU_LEAST_ROWS = 128
 """The rows of the smallest tile, and of the smallest part of a tile that is computed by itself."""
@@ -50,7 +54,7 @@ class Routing:
     slot:   int32[N], the slot of each token; S where it has none.
     blocks: int32[num_experts], how many blocks each expert owns.
     counts: int32[num_experts], how many tokens each expert owns.
-    tile_rows: the rows of a TPU kernel's tile, half of which an expert may leave empty (`gap`); 0 where slots follow one another.
+    tile_rows: the rows of a TPU kernel's largest tile, half of which an expert may leave empty (`gap`); 0 where slots follow one another.
     """
 
     expert: jax.Array | Any  # Any: JAX rebuilds pytrees with placeholders in place of arrays
@@ -104,7 +108,8 @@ def make_routing(expert: jax.Array, num_experts: int = 2, row_multiple: int | No
         counts as none; under `jax.experimental.checkify.checkify` it is an error.
       num_experts: static.
       row_multiple: static; the rows of a block are a multiple of it. None takes the kernels' tile on a TPU or Hopper GPU, else 1.
-      tile_rows: static; the rows of a TPU kernel's largest tile, a divisor of row_multiple. None takes those of this TPU, else 0.
+      tile_rows: static; the rows of a TPU kernel's largest tile, a divisor of row_multiple, where tiles are to be half full at least;
+        0 where not. None takes what is best on this device.
 
     Raises ValueError for an empty or non-integer array, and for a row multiple below 1.
     """
@@ -132,7 +137,7 @@ def make_routing(expert: jax.Array, num_experts: int = 2, row_multiple: int | No
     blocks = (counts + rows - 1) // rows
     generation = tpu_generation()
     if tile_rows is None:
-        tile_rows = math.gcd(rows, TPU_ROWS.get(generation, 512)) if generation else 0
+        tile_rows = math.gcd(rows, TPU_ROWS[generation]) if generation in TPU_HALF_FULL else 0
     tile_rows = tile_rows if tile_rows >= 2 * TPU_LEAST_ROWS else 0
     empty, more = gap(counts, tile_rows)
     start = (before(blocks) * rows)[:, None] + running - 1

@@ -146,11 +146,20 @@ def test_an_unknown_expert_is_an_error_under_checkify(bad: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "rows", "slots", "tile"),
-    [(1, 128, 256, 0), (300, 128, 512, 0), (4096, 1024, 5120, 1024), (16384, 1024, 17408, 1024), (65536, 4096, 69632, 1024)],
+    ("kind", "tokens", "rows", "slots", "tile"),
+    [
+        ("TPU v6 lite", 1, 128, 256, 0),
+        ("TPU v6 lite", 300, 128, 512, 0),
+        ("TPU v6 lite", 4096, 1024, 5120, 1024),
+        ("TPU v6 lite", 16384, 1024, 17408, 1024),
+        ("TPU v6 lite", 65536, 4096, 69632, 1024),
+        ("TPU v5 lite", 4096, 512, 4608, 512),
+        ("TPU v5p", 4096, 512, 4608, 0),
+        ("TPU v9", 4096, 512, 4608, 0),
+    ],
 )
-def test_blocks_on_a_tpu(tokens: int, rows: int, slots: int, tile: int) -> None:
-    device = jax.sharding.AbstractDevice(device_kind="TPU v6 lite", num_cores=1, platform="tpu")
+def test_blocks_on_a_tpu(kind: str, tokens: int, rows: int, slots: int, tile: int) -> None:
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=1, platform="tpu")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("chip",), abstract_device=device)):
         routing = jax.eval_shape(make_routing, jax.ShapeDtypeStruct((tokens,), jnp.int32))
     assert (routing.block_rows, routing.source.shape[0], routing.tile_rows) == (rows, slots, tile)
