@@ -449,7 +449,7 @@ class Tpu:
 
     def move_rows(self, routing: Routing) -> int:
         """Rows that are moved at once."""
-        return math.gcd(self._most_rows(routing), MOVE_ROWS)
+        return math.gcd(self._most_rows(routing), MOVE_ROWS, routing.tile_rows // 2)
 
     def _used(self, routing: Routing, rows: int, experts: Sequence[int] | None = None) -> int:
         """How many tiles of these experts, by default of all, hold tokens; the most there can be where the counts are not given."""

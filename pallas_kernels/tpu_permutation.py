@@ -40,31 +40,30 @@ class Pairs(NamedTuple):
 
 
 def pairs(routing: Routing, rows: int, by_slot: bool) -> Pairs:
-    """The pairs of blocks and tiles of so many rows. Every block of tokens has one at least, where they are ordered by token."""
+    """The pairs of blocks and tiles of so many rows, a divisor of the rows of `routing.gap`. Every block of tokens has one at least, where
+    they are ordered by token."""
     experts, tokens = routing.num_experts, routing.expert.shape[0]
     blocks = pl.cdiv(tokens, rows)
     owner = jnp.pad(routing.expert, (0, blocks * rows - tokens), constant_values=-1).reshape(blocks, rows)
     counts = jnp.sum(owner[:, None, :] == jnp.arange(experts)[:, None], axis=2, dtype=jnp.int32).T  # [experts, blocks]
-    empty, more = (a[:, None] for a in gap(routing.counts, routing.tile_rows))
-
-    def tile_of(rank: jax.Array) -> jax.Array:
-        return (routing.first_slot[:, None] + rank + jnp.where(rank >= empty, more, 0)) // rows
-
-    earlier = before(counts)
-    first = tile_of(earlier)
-    tiles = jnp.where(counts > 0, tile_of(earlier + counts - 1) - first + 1, 0)
+    start = routing.first_slot[:, None] + before(counts)  # as if no expert left a gap
+    first = start // rows
+    tiles = jnp.where(counts > 0, (start + counts - 1) // rows - first + 1, 0)
     if not by_slot:
         none = jnp.sum(tiles, axis=0) == 0
         tiles = jnp.where((jnp.arange(experts) == 0)[:, None] & none, 1, tiles)
         tiles, first = tiles.T, first.T
     tiles, first = tiles.reshape(-1), first.reshape(-1)
     until = before(tiles) + tiles
-    step = jnp.arange(experts * (blocks + 1 + routing.tile_rows // 2 // rows) + pl.cdiv(tokens, rows), dtype=jnp.int32)
+    step = jnp.arange(experts * (blocks + 1) + pl.cdiv(tokens, rows), dtype=jnp.int32)
     step = jnp.clip(step, 0, jnp.maximum(until[-1] - 1, 0))
     run = jnp.sum(step[:, None] >= until, axis=1, dtype=jnp.int32)  # which expert and block, in the order of `until`
     offset = jnp.where(run[:, None] == jnp.arange(tiles.shape[0]), first - (until - tiles), 0)  # a sum, not a gather: those are slow
     tile = step + jnp.sum(offset, axis=1, dtype=jnp.int32)
-    block = run % blocks if by_slot else run // experts
+    block, expert = (run % blocks, run // blocks) if by_slot else (run // experts, run % experts)
+    empty, more = gap(routing.counts, routing.tile_rows)
+    behind = (expert[:, None] == jnp.arange(experts)) & (tile[:, None] >= (routing.first_slot + empty) // rows)
+    tile = tile + jnp.sum(jnp.where(behind, more // rows, 0), axis=1)
     return Pairs(block, jnp.minimum(tile, routing.source.shape[0] // rows - 1), until[-1:])
 
 
