@@ -133,12 +133,13 @@ def test_a_tile_of_few_rows_waits_for_its_weights() -> None:
 def test_every_case_of_the_estimate_can_be_traced(generation: str) -> None:
     x, h, wide, tall = (512, 256), (512, 512), (256, 512), (512, 256)
     of_floor = {"x up": h, "h down": x, "dy down^T": h, "dup up^T": x, "x^T dup": wide, "h^T dy": tall}
+    of_floor |= {spare: of_floor[matmul] for matmul, spare in aot_tpu.INSTEAD.items()}
     cases = aot_tpu.all_cases(generation, 512, 256, 512)
     for case, (f, args) in cases.items():
         made = jax.eval_shape(f, *args)
         if case.startswith(aot_tpu.FLOOR):
             assert made.shape == of_floor.pop(case.removeprefix(aot_tpu.FLOOR))
-    assert not of_floor and len(cases) == 6 + 5
+    assert not of_floor and len(cases) == 8 + 5
 
 
 def test_a_record_of_what_was_compiled_and_what_was_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,6 +148,7 @@ def test_a_record_of_what_was_compiled_and_what_was_not(monkeypatch: pytest.Monk
     small, large = ({"cycles": {"routed_ffn": count}, "vmem": {"routed_ffn": 7}} for count in (1e6, 1.5e6))
     sizes = {case: aot_tpu.compiled_tokens("v6e", 16384, case) for case in aot_tpu.floor_cases(16384, 2048, 8192)}
     floor = {case: [{"cycles": {case: 1e6 * n * size / 16384}, "vmem": {}} for size in sizes[case]] for n, case in enumerate(sizes, 1)}
+    spares = {name: floor.pop(name) for name in [aot_tpu.FLOOR + spare for spare in aot_tpu.INSTEAD.values()]}
     results = {**floor, "forward": [small, large], "permutation": ["no estimate within 1 s"]}
     made = aot_tpu.record("v6e:2x2", 16384, 2048, 8192, results)
     assert made["kernels compiled at"] == (4096, 6144) and made["ratios"] == {"forward: kernels": 1.0}
@@ -156,6 +158,8 @@ def test_a_record_of_what_was_compiled_and_what_was_not(monkeypatch: pytest.Monk
     results["floor: h^T dy"] = ["no estimate"]
     made = aot_tpu.record("v6e:2x2", 16384, 2048, 8192, results)
     assert made["ratios"] and made["cycles"]["floor"] == {"dense forward": 4e6} and made["cycles"]["floor: h^T dy"] == "no estimate"
+    instead = {**results, **spares}
+    assert aot_tpu.record("v6e:2x2", 16384, 2048, 8192, instead)["cycles"]["floor"]["dense backward"] == backward + 2e6
     results["floor: x up"] = ["no estimate"]
     assert not aot_tpu.record("v6e:2x2", 16384, 2048, 8192, results)["ratios"]
     assert made["cycles"]["permutation"] == "no estimate within 1 s" and made["vmem"] == {"forward": {"routed_ffn": 7}}
