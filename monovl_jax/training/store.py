@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -315,9 +316,18 @@ class StageStore:
                 yield
         except RunError:
             if jax.process_index() == 0 and self.steps.exists():
-                for leftover in self.steps.glob(TEMPORARY):
-                    remove_tree(leftover)
+                self._remove_half_written()
             raise
+
+    def _remove_half_written(self) -> None:
+        """Writers of Orbax that have not failed yet make the folder again, so it is looked at once more."""
+        for _ in range(20):
+            leftovers = list(self.steps.glob(TEMPORARY))
+            for leftover in leftovers:
+                remove_tree(leftover)
+            if not leftovers:
+                return
+            time.sleep(0.1)
 
     def save(self, step: int, trainable: Tree, opt_state: Any, meta: Mapping[str, Any]) -> None:
         """Writes a step checkpoint; `meta` is JSON. Complete on return unless asynchronous; waits for the one before.
