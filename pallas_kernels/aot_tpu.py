@@ -2,10 +2,9 @@
 
     python -m pallas_kernels.benchmark --static v6e:2x2 [--tokens 4096] [--out cycles.json]
 
-Half of the tokens are visual and one more, so that both experts end in a partly filled tile. The estimate does not wait for memory: what a
-tile of few rows waits for its owner's weights is added, and a kernel counts with the time its bytes take at the chip's bandwidth if that is
-more. The floor is what the matmuls of the
-dense layer take, compiled one by one.
+Half of the tokens are visual and one more, so that both experts end in a partly filled tile. The estimate does not wait for memory: what
+a tile of few rows waits for its owner's weights is added, and a kernel counts with the time its bytes take at the chip's bandwidth if that
+is more. The floor is what the matmuls of the dense layer take, compiled one by one.
 
 The estimator walks through every step of a kernel's grid, and needs 20 GB for the backward pass of 16,384 tokens. Above MOST_TOKENS
 what needs too much is compiled at two smaller sizes, two row tiles apart, and what a tile adds is counted as often as there are tiles.

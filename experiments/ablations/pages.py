@@ -46,6 +46,9 @@ def draw(panels: Sequence[Panel], runs: Mapping[str, Sequence[Run]], path: Path)
         ax.set_axisbelow(True)
         for side in ("top", "right"):
             ax.spines[side].set_visible(False)
+    curves = [ax for panel, ax in zip(panels, axes[0], strict=True) if panel.kind == "curve"]
+    if curves:
+        figure.legend(*curves[-1].get_legend_handles_labels(), loc="outside center right", fontsize=8, frameon=False)
     save(figure, path)
 
 
@@ -89,7 +92,6 @@ def _curve(panel: Panel, ax: Any, runs: Mapping[str, Sequence[Run]]) -> None:
         ax.errorbar(np.array(rows) + shift, mean, label=name, linewidth=1.2, **style, **whiskers)
     ax.set_xlabel("packed rows seen after stage 0\nlines: mean over seeds; whiskers: their range", fontsize=9)
     ax.set_ylabel(panel.label, fontsize=9)
-    ax.legend(fontsize=8, frameon=False)
 
 
 # ---- pages ---------------------------------------------------------------------------------------------------------------------------

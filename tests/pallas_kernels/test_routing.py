@@ -133,6 +133,12 @@ def test_errors(ids: np.ndarray, message: str) -> None:
         make_routing(jnp.asarray(ids))
 
 
+@pytest.mark.parametrize("tile_rows", [-256, 300, 512])
+def test_tile_rows_fill_a_block(tile_rows: int) -> None:
+    with pytest.raises(ValueError, match=rf"tile_rows is {tile_rows}; give 0, or an even divisor of the row multiple, 256"):
+        make_routing(jnp.zeros(8, jnp.int32), row_multiple=256, tile_rows=tile_rows)
+
+
 @pytest.mark.parametrize("bad", [-2, 2])
 def test_an_unknown_expert_is_an_error_under_checkify(bad: int) -> None:
     ids = np.array([0, 1, -1, 0], np.int32)

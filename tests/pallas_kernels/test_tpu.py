@@ -204,6 +204,23 @@ def test_every_generation_computes_the_same(kind: str, generation: str, monkeypa
     close(quick_jit(run)(x, weights, dy), compiled(kind, "reference")(x, weights, expert, dy), 1e-5)
 
 
+@pytest.mark.parametrize("kind", LAYERS)
+def test_tiles_of_half_the_rows_compute_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where wider layers leave VMEM for smaller tiles only: the slots that an expert leaves empty are then a whole tile."""
+    choose = tpu.Tpu._tiles
+    monkeypatch.setattr(tpu.Tpu, "_tiles", lambda *a, **k: (lambda rows, columns, sub: (rows // 2, columns, sub))(*choose(*a, **k)))
+    x, weights, dy = make_inputs(kind, BIG)
+    expert = np.repeat(np.int32([0, 1, -1]), [35, 70, BIG[0] - 105])
+    routing = make_routing(jnp.asarray(expert), row_multiple=32, tile_rows=32)
+    assert routing.slot.tolist()[15:17] == [15, 32], "slots 16 to 31 are the tile"
+
+    def run(x, weights, dy):
+        y, pull = jax.vjp(lambda x, w: layer(kind, x, w, routing, "pallas_tpu"), x, weights)
+        return y, pull(dy)
+
+    close(quick_jit(run)(x, weights, dy), compiled(kind, "reference")(x, weights, expert, dy), 1e-5)
+
+
 @pytest.mark.parametrize("tiles", [1, 2, 9, 34])
 def test_two_cores_share_the_tiles_at_the_end(tiles: int) -> None:
     assert [tpu._tile_of_step(s, tiles, 1) for s in range(tiles)] == list(range(tiles))[::-1]
