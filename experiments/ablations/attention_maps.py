@@ -121,7 +121,7 @@ def draw(result: Result, path: Path) -> None:
     """Both measures by layer, and what visual tokens look at in the first and the last layer (first seed)."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 3.6), layout="constrained")
+    figure = Figure(figsize=(16, 4.2), layout="constrained")
     axes = figure.subplots(1, 4)
     layers = np.arange(1, result["layers"] + 1)
     names = (("locality", "distance looked, plain mean = 1"), ("to_picture", "attention of text on visual tokens, even = 1"))
@@ -141,6 +141,7 @@ def draw(result: Result, path: Path) -> None:
         ax.set_title(f"visual tokens, {name}", fontsize=10)
         ax.set_xlabel("looked at (number in the sequence)", fontsize=9)
         ax.set_ylabel("looking", fontsize=9)
+        ax.set_xticks(range(0, len(weights), 4))
     figure.colorbar(shown, ax=list(axes[2:]), label="share of attention")
     pages.save(figure, path)
 
@@ -180,6 +181,13 @@ EXPERIMENT = Measurement(
         Within("text looks at pictures more in the deeper half", _more_to_picture_later, 0.05, "of even attention"),
     ),
     after=("evip_stages",),
+    reading=(
+        "Text looks at the picture more in the deeper half at every seed, as in the paper; but not growing from the first layer on: it "
+        "looks about evenly in the first and the last of the four layers, and a third of that in the two between. Locality is in those "
+        "two, 5% to 7% closer than the plain mean, and not in the first, whose sharpest habit is that the second token of a tile looks "
+        "at the tile's first. Sixteen visual tokens leave little room to look close by or far away; the paper's pictures have "
+        "thousands."
+    ),
 )
 
 if __name__ == "__main__":
