@@ -144,6 +144,12 @@ EXPERIMENT = Measurement(
     measure=measure,
     draw=draw,
     tables=tables,
+    reading=(
+        "Both experts on every token cost what their FLOPs say, twice a dense layer, at every share. Ours costs 1% less to 24% more "
+        "than the dense layer, most where one expert has all tokens, and is one program for every share. The bound that knows the "
+        "number of tokens of each expert while compiling stays within 4% of it. Two cores, small sizes: what it says of a TPU is in "
+        "docs/kernels.md."
+    ),
 )
 
 if __name__ == "__main__":

@@ -135,6 +135,12 @@ EXPERIMENT = Measurement(
     measure=measure,
     draw=draw,
     tables=tables,
+    reading=(
+        "What the pilot shows is that one law with two exponents is too simple here, and the plot says so before any money is spent: "
+        "the smallest model hardly gains from more data, the middle one gains most and ends below its band, and the largest is not "
+        "ahead of it on any budget but the smallest. The largest run came out 3% above its prediction. For a real run: more budgets for "
+        "the two larger models, and a second seed, before the fit is trusted beyond its points."
+    ),
 )
 
 if __name__ == "__main__":
