@@ -175,7 +175,11 @@ def index(entries: Sequence[tuple[Any, Mapping[str, Any] | None]]) -> str:
         )
         for experiment, summary in entries
     ]
-    text = "Written by `python -m experiments.ablations`. [All plots on one page](index.html)."
+    minutes = sum(summary["seconds"] for _, summary in entries if summary) / 60
+    text = (
+        f"Written by `python -m experiments.ablations`: {minutes:.0f} minutes of one process, of which two work at once; what several "
+        "experiments share is counted in each. [All plots on one page](index.html)."
+    )
     return f"# Ablations\n\n{text}\n\n" + table(("experiment", "result", "minutes of one process"), rows) + "\n"
 
 
