@@ -41,8 +41,8 @@ CHIPS = {"v5e": (1.5e9, 819e9), "v5p": (1.75e9, 2765e9), "v6e": (1.75e9, 1640e9)
 CASE_SECONDS = 600
 MOST_TOKENS = 4096
 """Up to so many a case is compiled at its own size."""
-READ_PER_TILE = ("routed_ffn", "routed_ffn_dx")
-"""The kernels of which every row tile reads all weights of its owner."""
+READ_PER_TILE = {"routed_ffn": 3, "routed_ffn_dx": 3, "routed_down": 1}
+"""The kernels of which every row tile reads whole matrices of its owner, and how many."""
 LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 
@@ -191,7 +191,7 @@ def bounded(topology: str, case: str, cycles: dict[str, float], tokens: int, wid
         name = kernel["name"]
         moved[name] += kernel["cost_estimate"].bytes_accessed * clock / bandwidth
         if name in READ_PER_TILE:
-            weights = 3 * width * inner * 2 * clock / bandwidth
+            weights = READ_PER_TILE[name] * width * inner * 2 * clock / bandwidth
             rows = kernel["out_avals"][0].shape[0] // kernel["grid_mapping"].grid[0]
             waits[name] = waiting(cycles[name], weights, halves(tokens), rows, rows_of(generation, tokens)[1])
     return {name: max(count + waits[name], moved[name]) for name, count in cycles.items()}

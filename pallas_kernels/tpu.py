@@ -47,6 +47,9 @@ ONE_BUFFER = ("v5p",)
 """Generations where what a row tile reads or writes once has one buffer in place of two if that leaves room for wider blocks of weights.
 A tile then waits for it, which the estimate counts: `routed_ffn_dx` gains 9% on a v5p, and `routed_ffn` would lose 5% on a v6e."""
 
+TWO_KERNELS = ("v5p",)
+"""Generations where SwiGLU is faster as two kernels, as where gate and up are saved: of all three matrices VMEM holds narrow blocks only."""
+
 LANES = 128
 f32 = jnp.float32
 
@@ -128,14 +131,20 @@ class Tpu:
         return dx, tuple(self._weight_gradients((x,), dy, routing, e, rows_first=True)[0] for e in range(len(kernels)))
 
     def swiglu(self, x: jax.Array, experts: Experts, routing: Routing) -> jax.Array:
+        if self.generation in TWO_KERNELS:
+            (h,) = self._grouped("gate_up", _hidden_of, routing, x, tuple((gate, up) for gate, up, _ in experts))
+            return self._down(h, experts, routing)
         return self._reduced("ffn", _hidden, _times_last, routing, (x,), (), experts, (1, 1, 0), x.shape[1])[0]
 
     def swiglu_fwd(self, x: jax.Array, experts: Experts, routing: Routing) -> tuple[jax.Array, jax.Array, jax.Array]:
         # two kernels, so that a backward pass that recomputes g and u does not recompute y
         weights = tuple((gate, up) for gate, up, _ in experts)
         h, g, u = self._grouped("gate_up", _gate_up, routing, x, weights, outputs=3)
-        (y,) = self._reduced("down", _as_it_is, _times_last, routing, (), (h,), tuple((down,) for _, _, down in experts), (0,), x.shape[1])
-        return y, g, u
+        return self._down(h, experts, routing), g, u
+
+    def _down(self, h: jax.Array, experts: Experts, routing: Routing) -> jax.Array:
+        weights = tuple((down,) for _, _, down in experts)
+        return self._reduced("down", _as_it_is, _times_last, routing, (), (h,), weights, (0,), experts[0][2].shape[1])[0]
 
     def swiglu_bwd(
         self, x: jax.Array, g: jax.Array, u: jax.Array, dy: jax.Array, experts: Experts, routing: Routing
@@ -172,7 +181,7 @@ class Tpu:
         size = x.dtype.itemsize
 
         def blocks(rows: int, columns: int) -> int:
-            return 2 * size * (experts * per_expert * k * columns + rows * k + outputs * rows * columns) + 8 * outputs * rows * columns
+            return 2 * size * (experts * per_expert * k * columns + rows * k + outputs * rows * columns) + 6 * outputs * rows * columns
 
         rows, columns, sub = self._tiles(routing, m, blocks)
         tiles, steps = x.shape[0] // rows, m // columns
@@ -247,7 +256,7 @@ class Tpu:
         def blocks(rows: int, columns: int, buffers: int) -> int:
             stepwise = sum(w.size // inner for ws in weights for w in ws) * columns + rows * (len(narrow) + outputs) * columns
             once = rows * (sum(a.shape[1] for a in wide) + width)
-            return size * (2 * stepwise + buffers * once) + 4 * rows * (width + 3 * columns) + turned * size * rows
+            return size * (2 * stepwise + buffers * once) + 4 * rows * (width + 3 * columns * bool(wide)) + turned * size * rows
 
         def tiles_of(buffers: int) -> tuple[int, int, int]:
             # every tile reads all of its owner's weights: rows count, columns only decide between tiles of as many
@@ -528,8 +537,12 @@ def _gate_up(x, weights):
     return g * jax.nn.sigmoid(g) * u, g, u
 
 
+def _hidden_of(x, weights):
+    return _gate_up(x, weights)[:1]
+
+
 def _hidden(wide, narrow, weights):
-    return (_gate_up(wide[0], weights[:2])[0].astype(wide[0].dtype),)
+    return (_hidden_of(wide[0], weights)[0].astype(wide[0].dtype),)
 
 
 def _as_it_is(wide, narrow, weights):
