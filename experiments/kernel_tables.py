@@ -65,7 +65,9 @@ def kernels() -> str:
                 cells = found.setdefault((case, kernel), ["-"] * len(CHIPS))
                 vmem = result["vmem"].get(case, {}).get(kernel)
                 cells[column] = f"{count / 1e3:,.0f}" + (f" ({vmem / 2**20:.1f} MiB)" if vmem else "")
-    rows = [(case, f"`{kernel}`" if kernel.startswith("routed") else kernel, *cells) for (case, kernel), cells in found.items()]
+    cases = list(dict.fromkeys(case for case, _ in found))
+    ordered = sorted(found.items(), key=lambda item: cases.index(item[0][0]))
+    rows = [(case, f"`{kernel}`" if kernel.startswith("routed") else kernel, *cells) for (case, kernel), cells in ordered]
     shown = [row for row in rows if row[0] != "routing"]
     return _table(("case", "kernel", *CHIPS), shown)
 

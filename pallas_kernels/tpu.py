@@ -48,7 +48,7 @@ ONE_BUFFER = ("v5p",)
 A tile then waits for it, which the estimate counts: `routed_ffn_dx` gains 9% on a v5p, and `routed_ffn` would lose 5% on a v6e."""
 
 TWO_KERNELS = ("v5p",)
-"""Generations where SwiGLU is faster as two kernels, as where gate and up are saved: of all three matrices VMEM holds narrow blocks only."""
+"""Generations where SwiGLU is faster as two kernels, as where gate and up are saved: VMEM holds but narrow blocks of all three matrices."""
 
 LANES = 128
 f32 = jnp.float32
