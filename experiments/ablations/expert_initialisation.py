@@ -67,7 +67,7 @@ EXPERIMENT = Experiment(
     reading=(
         "No choice costs much but one: visual attention that trains from S1.3 on only is worse at every seed, by 1 to 10 points, about "
         "what having no attention experts costs (`attention_experts`). Random experts are behind copies at every seed too, by 0.3 to 6 "
-        "points. Zero output, qkv alone and trained norms lie within 2 points of the default, on either side. Only the last is decided: "
+        "points. Zero output, qkv alone and trained norms are on average within a point of the default. Only the last is decided: "
         "frozen norms are not 2 points better than trained ones, they are 0.8 worse. We keep them frozen while the language model is: "
         "trained ones change what it says of text alone, though here by no more than 0.003 nats per token after S1.2. The copies are of "
         "a language model taught for 350 steps; what a real one knows may make them worth more."

@@ -62,7 +62,8 @@ EXPERIMENT = Experiment(
         "Text alone in an eighth of the rows keeps most of what S2 would overwrite, and in a quarter all of it: there prose at the end "
         "is where it was before. After S1.3 there is little to keep yet, 0.04 nats, and the gain lies on the threshold. The rows are of "
         "one budget, so each row of text is a row of pictures less, and the visual score falls at every seed: by 2 to 8 points with a "
-        "quarter. The paper loses a point or two of MMLU, CMMLU and MATH and gains two of AGIEval; its instruction data has text in it."
+        "quarter. In the paper three benchmarks of text lose about two points and one gains two; how much text was mixed in it does not "
+        "say where we could read it."
     ),
 )
 
