@@ -1,8 +1,9 @@
 """Rows between token order and slot order on a TPU, as products with blocks of a permutation matrix.
 
 XLA moves one row after the other, at a third of the memory's speed. Here a grid step moves the rows that a block of tokens and a tile of
-slots have in common, with a matrix of zeros and ones: exact, as a row of the result is one row of the operand. Tokens keep their
-order within an expert, so those pairs of a block and a tile are few: each expert's run through both from the start to the end.
+slots have in common, with a matrix of zeros and ones: exact, as a row of the result is one row of the operand. Only these rows are
+written, so no number of another row, not even NaN, reaches what other steps wrote. Tokens keep their order within an expert, so those
+pairs of a block and a tile are few: each expert's run through both from the start to the end.
 
     expert   t t t v v v | v t t v . t       blocks of 6 tokens
     slots    t t t t t t | v v v v v -       tiles of 6: pairs (block, tile) are (0, 0) (1, 0) of the text, (0, 1) (1, 1) of the others
@@ -109,30 +110,24 @@ def _move(
         here, before = ((tile_of(s, tile) if by_slot else block_of(s, block)) for s in (step, jnp.maximum(step - 1, 0)))
         first = (step == 0) | (here != before)
 
-        def put(moved):
-            @pl.when(first)
-            def _():
-                y[...] = moved
-
-            @pl.when(jnp.logical_not(first))
-            def _():
-                y[...] += moved
-
         @pl.when(step < (count[0] if estimate is None else steps))
         def _():
-            shared = slot[0] - tile_of(step, tile) * rows == jax.lax.broadcasted_iota(jnp.int32, (rows, rows), 0)  # [slots, tokens]
+            wanted = slot[0] - tile_of(step, tile) * rows  # [1, tokens], the slot of each in this tile
+            shared = wanted == jax.lax.broadcasted_iota(jnp.int32, (rows, rows), 0)  # [slots, tokens]
+            if by_slot:
+                mine = jnp.max(jnp.where(shared, 1.0, 0.0), axis=1, keepdims=True) > 0  # [rows of y, 1], those that this pair writes
+            else:
+                wanted = jnp.broadcast_to(wanted, (8, rows)).T[:, :1]
+                mine = (wanted >= 0) & (wanted < rows)
             move = partial(_choose, shared.astype(x.dtype), by_slot)
             moved = move(x[...])
+            y[...] = jnp.where(mine, moved, jnp.where(first, 0, y[...]))
             # a number that is not finite makes its column NaN in all rows but its own
             bad = jnp.max(jnp.where(jnp.abs(moved[:8].astype(f32)) < jnp.inf, 0.0, 1.0)) > 0
 
-            @pl.when(jnp.logical_not(bad))
-            def _():
-                put(moved)
-
             @pl.when(bad)
             def _():
-                put(_with_care(move, x[...]))
+                y[...] = jnp.where(mine, _with_care(move, x[...]), y[...])
 
     shape = (max(results, rows), width)
     if not interpret:
