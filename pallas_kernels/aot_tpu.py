@@ -2,9 +2,10 @@
 
     python -m pallas_kernels.benchmark --static v6e:2x2 [--tokens 4096] [--out cycles.json]
 
-Half of the tokens are visual and one more, so that both experts end in a partly filled tile. The estimate does not wait for memory: what
-a tile of few rows waits for its owner's weights is added, and a kernel counts with the time its bytes take at the chip's bandwidth if that
-is more. The floor is what the matmuls of the dense layer take, compiled one by one.
+Half of the tokens are visual and one more, so that both experts end in a partly filled tile. The estimate waits for each copy as if it had
+the memory to itself, and a faster memory than the chip's: what a tile of few rows waits for its owner's weights is added, and a kernel
+counts with the time its bytes take at the chip's bandwidth if that is more. The floor is what the matmuls of the dense layer take,
+compiled one by one.
 
 The estimator walks through every step of a kernel's grid, and needs 20 GB for the backward pass of 16,384 tokens. Above MOST_TOKENS
 what needs too much is compiled at two smaller sizes, two row tiles apart, and what a tile adds is counted as often as there are tiles.
@@ -93,7 +94,7 @@ def moves_of(routing: Routing, rows: int) -> tuple[tuple[int, int], tuple[int, i
     def counted(by_slot: bool) -> tuple[int, int]:
         found = tpu_permutation.pairs(routing, rows, by_slot)
         read = found.block if by_slot else found.tile
-        return int(found.count[0]), 1 + int(jnp.sum(read[1:] != read[:-1]))
+        return int(found.count), 1 + int(jnp.sum(read[1:] != read[:-1]))
 
     return counted(True), counted(False)
 
@@ -114,7 +115,7 @@ def kernel_cases(generation: str, tokens: int, width: int, inner: int) -> dict[s
 
     def order(expert: jax.Array) -> tuple[Any, ...]:  # what of a routing these kernels use
         routing = make_routing(expert, row_multiple=multiple, tile_rows=tile_rows)
-        return routing.slot, routing.blocks, routing.counts
+        return routing.slot, routing.first_slot, routing.counts
 
     def backward(*args: Any) -> Any:
         dx, (_, visual) = backend.swiglu_bwd(*args)

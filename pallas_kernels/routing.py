@@ -40,6 +40,9 @@ TPU_LEAST_ROWS = 128
 GPU_ROWS = 128
 """The rows of a kernel's tile on a Hopper GPU."""
 
+LINE = 128
+"""Tokens are counted by lines of so many, as they lie in a TPU's memory."""
+
 SMALL = 64
 """Below this many tokens sorting costs more than computing every expert on all of them (decode steps)."""
 
@@ -52,16 +55,16 @@ class Routing:
     expert: int32[N], the expert of each token, -1 for none (padding).
     source: int32[S], the token in each slot; N where the slot is empty. S = (max_blocks + num_experts - 1) * block_rows.
     slot:   int32[N], the slot of each token; S where it has none.
-    blocks: int32[num_experts], how many blocks each expert owns.
     counts: int32[num_experts], how many tokens each expert owns.
+    first_slot: int32[num_experts], where the slots of each expert begin.
     tile_rows: the rows of a TPU kernel's largest tile, half of which an expert may leave empty (`gap`); 0 where slots follow one another.
     """
 
     expert: jax.Array | Any  # Any: JAX rebuilds pytrees with placeholders in place of arrays
     source: jax.Array | Any
     slot: jax.Array | Any
-    blocks: jax.Array | Any
     counts: jax.Array | Any
+    first_slot: jax.Array | Any
     num_experts: int = dataclasses.field(metadata={"static": True})
     block_rows: int = dataclasses.field(metadata={"static": True})
     tile_rows: int = dataclasses.field(default=0, metadata={"static": True})
@@ -72,9 +75,9 @@ class Routing:
         return -(-self.expert.shape[-1] // self.block_rows)
 
     @property
-    def first_slot(self) -> jax.Array:
-        """int32[num_experts], where the slots of each expert begin."""
-        return before(self.blocks) * self.block_rows
+    def blocks(self) -> jax.Array:
+        """int32[num_experts], how many blocks each expert owns."""
+        return (self.counts + self.block_rows - 1) // self.block_rows
 
 
 def gap(count: Any, tile_rows: int) -> tuple[Any, Any]:
@@ -90,6 +93,17 @@ def before(x: jax.Array) -> jax.Array:
     """The sum of what comes before each element, along the last axis. For few: one masked sum, where a running sum is many steps."""
     i = jnp.arange(x.shape[-1])
     return jnp.sum(jnp.where(i < i[:, None], x[..., None, :], 0), axis=-1)
+
+
+def _running(mine: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The running sums of a mask [experts, tokens] along its tokens, and the sums. By lines: the product of each with a triangle of ones,
+    and what the lines before it hold; a `cumsum` is many steps on a TPU."""
+    experts, tokens = mine.shape
+    lines = jnp.pad(mine, ((0, 0), (0, -tokens % LINE))).reshape(experts, -1, LINE)
+    i = jnp.arange(LINE)
+    within = jnp.dot(lines.astype(jnp.float32), (i[:, None] <= i).astype(jnp.float32)).astype(jnp.int32)
+    sums = jnp.sum(lines, axis=2, dtype=jnp.int32)
+    return (within + before(sums)[:, :, None]).reshape(experts, -1)[:, :tokens], jnp.sum(sums, axis=1)
 
 
 def _row_multiple(tokens: int) -> int:
@@ -134,18 +148,17 @@ def make_routing(expert: jax.Array, num_experts: int = 2, row_multiple: int | No
     slots = (-(-tokens // rows) + num_experts - 1) * rows
 
     mine = expert == jnp.arange(num_experts)[:, None]  # [experts, tokens]
-    running = jnp.stack([jnp.cumsum(m, dtype=jnp.int32) for m in mine])
-    counts = jnp.sum(mine, axis=1, dtype=jnp.int32)
-    blocks = (counts + rows - 1) // rows
+    running, counts = _running(mine)
+    first_slot = before((counts + rows - 1) // rows) * rows
     generation = tpu_generation()
     if tile_rows is None:
         tile_rows = math.gcd(rows, TPU_ROWS[generation]) if generation in TPU_HALF_FULL else 0
     tile_rows = tile_rows if tile_rows >= 2 * TPU_LEAST_ROWS else 0
     empty, more = gap(counts, tile_rows)
-    start = (before(blocks) * rows)[:, None] + running - 1
+    start = first_slot[:, None] + running - 1
     slot = jnp.min(jnp.where(mine, start + jnp.where(running > empty[:, None], more[:, None], 0), slots), axis=0)
     source = jnp.full((slots,), tokens, jnp.int32).at[slot].set(jnp.arange(tokens, dtype=jnp.int32), mode="drop")
-    return Routing(expert, source, slot, blocks, counts, num_experts, rows, tile_rows)
+    return Routing(expert, source, slot, counts, first_slot, num_experts, rows, tile_rows)
 
 
 def to_slots(x: jax.Array, routing: Routing) -> jax.Array:

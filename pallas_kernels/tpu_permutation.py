@@ -11,6 +11,7 @@ pairs of a block and a tile are few: each expert's run through both from the sta
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -32,40 +33,43 @@ which takes what is known at run time for 0."""
 class Pairs(NamedTuple):
     """The pairs of a block of tokens and a tile of slots with rows in common, in the order of the side that is written.
 
-    block, tile: int32[L], of which the first `count` (int32[1]) are pairs, and the others repeat the last.
+    block, tile: int32[L], of which the first `count` are pairs, and the others repeat the last.
     """
 
     block: jax.Array
     tile: jax.Array
-    count: jax.Array
+
+    @property
+    def count(self) -> jax.Array:
+        other = (self.block[1:] != self.block[:-1]) | (self.tile[1:] != self.tile[:-1])
+        return 1 + jnp.sum(other, dtype=jnp.int32)
 
 
 def pairs(routing: Routing, rows: int, by_slot: bool) -> Pairs:
     """The pairs of blocks and tiles of so many rows, a divisor of the rows of `routing.gap`. Every block of tokens has one at least, where
     they are ordered by token."""
     experts, tokens = routing.num_experts, routing.expert.shape[0]
-    blocks = pl.cdiv(tokens, rows)
-    owner = jnp.pad(routing.expert, (0, blocks * rows - tokens), constant_values=-1).reshape(blocks, rows)
-    counts = jnp.sum(owner[:, None, :] == jnp.arange(experts)[:, None], axis=2, dtype=jnp.int32).T  # [experts, blocks]
+    blocks, line = pl.cdiv(tokens, rows), math.gcd(rows, 128)
+    e, b = jnp.arange(experts)[:, None], jnp.arange(blocks)
+    owner = jnp.pad(routing.expert, (0, blocks * rows - tokens), constant_values=-1).reshape(-1, line)
+    per_line = jnp.sum(owner == e[:, :, None], axis=2, dtype=jnp.int32)
+    of_block = jnp.arange(blocks * rows // line) // (rows // line) == b[:, None]
+    counts = jnp.sum(jnp.where(of_block, per_line[:, None, :], 0), axis=2)  # [experts, blocks]
     start = routing.first_slot[:, None] + before(counts)  # as if no expert left a gap
-    first = start // rows
-    tiles = jnp.where(counts > 0, (start + counts - 1) // rows - first + 1, 0)
+    first, tiles = start // rows, jnp.where(counts > 0, (start % rows + counts + rows - 1) // rows, 0)
     if not by_slot:
-        none = jnp.sum(tiles, axis=0) == 0
-        tiles = jnp.where((jnp.arange(experts) == 0)[:, None] & none, 1, tiles)
-        tiles, first = tiles.T, first.T
-    tiles, first = tiles.reshape(-1), first.reshape(-1)
-    until = before(tiles) + tiles
+        tiles = jnp.where((e == 0) & (jnp.sum(tiles, axis=0) == 0), 1, tiles)
+    place = e * blocks + b if by_slot else b * experts + e
+    own = place[:, :, None, None]
+    ahead, later = (jnp.sum(jnp.where(there, tiles, 0), axis=(2, 3)) for there in (place < own, place > own))
     step = jnp.arange(experts * (blocks + 1) + pl.cdiv(tokens, rows), dtype=jnp.int32)
-    step = jnp.clip(step, 0, jnp.maximum(until[-1] - 1, 0))
-    run = jnp.sum(step[:, None] >= until, axis=1, dtype=jnp.int32)  # which expert and block, in the order of `until`
-    offset = jnp.where(run[:, None] == jnp.arange(tiles.shape[0]), first - (until - tiles), 0)  # a sum, not a gather: those are slow
-    tile = step + jnp.sum(offset, axis=1, dtype=jnp.int32)
-    block, expert = (run % blocks, run // blocks) if by_slot else (run // experts, run % experts)
+    ahead, later, tiles, first = (a[:, :, None] for a in (ahead, later, tiles, first))
+    mine = (tiles > 0) & (ahead <= step) & ((step < ahead + tiles) | (later == 0))  # [experts, blocks, steps]
+    tile = first + jnp.minimum(step - ahead, tiles - 1)
     empty, more = gap(routing.counts, routing.tile_rows)
-    behind = (expert[:, None] == jnp.arange(experts)) & (tile[:, None] >= (routing.first_slot + empty) // rows)
-    tile = tile + jnp.sum(jnp.where(behind, more // rows, 0), axis=1)
-    return Pairs(block, jnp.minimum(tile, routing.source.shape[0] // rows - 1), until[-1:])
+    tile = tile + jnp.where(tile >= ((routing.first_slot + empty) // rows)[:, None, None], (more // rows)[:, None, None], 0)
+    tile = jnp.minimum(tile, routing.source.shape[0] // rows - 1)
+    return Pairs(*(jnp.sum(jnp.where(mine, a, 0), axis=(0, 1), dtype=jnp.int32) for a in (b[:, None], tile)))
 
 
 def to_slots(x: jax.Array, routing: Routing, rows: int, interpret: Any = False, cores: int = 1, estimate: Estimate = None) -> jax.Array:
@@ -105,12 +109,14 @@ def _move(
     def tile_of(step, tile):
         return written(step, tile, tiles) if by_slot else read(step, tile)
 
-    def body(block, tile, count, slot, x, y):
+    def body(block, tile, slot, x, y):
         step = pl.program_id(1)
-        here, before = ((tile_of(s, tile) if by_slot else block_of(s, block)) for s in (step, jnp.maximum(step - 1, 0)))
-        first = (step == 0) | (here != before)
+        new_block, new_tile = (
+            (step == 0) | (of(step, place) != of(jnp.maximum(step - 1, 0), place)) for of, place in ((block_of, block), (tile_of, tile))
+        )
+        first = new_tile if by_slot else new_block  # of those that write their tile or block
 
-        @pl.when(step < (count[0] if estimate is None else steps))
+        @pl.when(new_block | new_tile if estimate is None else step < steps)
         def _():
             wanted = slot[0] - tile_of(step, tile) * rows  # [1, tokens], the slot of each in this tile
             shared = wanted == jax.lax.broadcasted_iota(jnp.int32, (rows, rows), 0)  # [slots, tokens]
@@ -136,15 +142,13 @@ def _move(
         body,
         out_shape=jax.ShapeDtypeStruct(shape, x.dtype) if interpret else pltpu.HBM(shape, x.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
+            num_scalar_prefetch=2,
             grid=(width // columns, steps),
             in_specs=[
-                pl.BlockSpec((1, 1, rows), lambda c, s, block, tile, count: (block_of(s, block), 0, 0)),
-                pl.BlockSpec((rows, columns), lambda c, s, block, tile, count: (block_of(s, block) if by_slot else tile_of(s, tile), c)),
+                pl.BlockSpec((1, 1, rows), lambda c, s, block, tile: (block_of(s, block), 0, 0)),
+                pl.BlockSpec((rows, columns), lambda c, s, block, tile: (block_of(s, block) if by_slot else tile_of(s, tile), c)),
             ],
-            out_specs=pl.BlockSpec(
-                (rows, columns), lambda c, s, block, tile, count: (tile_of(s, tile) if by_slot else block_of(s, block), c)
-            ),
+            out_specs=pl.BlockSpec((rows, columns), lambda c, s, block, tile: (tile_of(s, tile) if by_slot else block_of(s, block), c)),
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(

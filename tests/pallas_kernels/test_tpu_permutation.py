@@ -94,7 +94,7 @@ def test_pairs_are_in_the_order_of_what_is_written(by_slot: bool) -> None:
     expert = jnp.array([0, 0, 0, 1, 1, 1, 0, 1, 1, -1, -1, -1, -1, -1, -1, -1])
     made = make_routing(expert, row_multiple=4)
     found = tpu_permutation.pairs(made, 4, by_slot)
-    count = int(found.count[0])
+    count = int(found.count)
     got = list(zip(found.block.tolist(), found.tile.tolist(), strict=True))
     # four tokens of text in tile 0, five others in tiles 1 and 2; a block of padding is written as well
     want = [(0, 0), (1, 0), (0, 1), (1, 1), (2, 2)] if by_slot else [(0, 0), (0, 1), (1, 0), (1, 1), (2, 2)]
