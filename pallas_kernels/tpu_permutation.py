@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.routing import Routing, before, gap
+from pallas_kernels.routing import LINE, Routing, before, gap
 
 f32 = jnp.float32
 
@@ -49,7 +49,7 @@ def pairs(routing: Routing, rows: int, by_slot: bool) -> Pairs:
     """The pairs of blocks and tiles of so many rows, a divisor of the rows of `routing.gap`. Every block of tokens has one at least, where
     they are ordered by token."""
     experts, tokens = routing.num_experts, routing.expert.shape[0]
-    blocks, line = pl.cdiv(tokens, rows), math.gcd(rows, 128)
+    blocks, line = pl.cdiv(tokens, rows), math.gcd(rows, LINE)
     e, b = jnp.arange(experts)[:, None], jnp.arange(blocks)
     owner = jnp.pad(routing.expert, (0, blocks * rows - tokens), constant_values=-1).reshape(-1, line)
     per_line = jnp.sum(owner == e[:, :, None], axis=2, dtype=jnp.int32)
