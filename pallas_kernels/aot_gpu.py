@@ -84,13 +84,17 @@ def compile_for_h100(f: Callable[..., Any], *args: Any) -> Any:
 
 
 def cases(tokens: int, width: int, inner: int, dtype: Any) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
-    """The programs that are compiled. The text expert is frozen in the two that train."""
+    """The programs that are compiled. The text expert is frozen in those that train."""
 
     def array(*shape: int, dtype: Any = dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
 
     def swiglu(x: Any, text: Any, visual: Any, expert: Any) -> Any:
         return routed_swiglu(x, (text, visual), make_routing(expert), "pallas_gpu")
+
+    @jax.checkpoint
+    def recomputed(x: Any, text: Any, visual: Any, expert: Any) -> Any:
+        return routed_swiglu(x, (text, visual), make_routing(expert), "pallas_gpu", recomputed=True)
 
     def linear(x: Any, text: Any, visual: Any, expert: Any) -> Any:
         return routed_linear(x, (text, visual), make_routing(expert), implementation="pallas_gpu")
@@ -107,6 +111,7 @@ def cases(tokens: int, width: int, inner: int, dtype: Any) -> dict[str, tuple[Ca
     return {
         "swiglu forward": (swiglu, (x, ffn, ffn, expert)),
         "swiglu forward + backward, text frozen": (training(swiglu), (x, ffn, ffn, expert, x)),
+        "swiglu under full remat, text frozen": (training(recomputed), (x, ffn, ffn, expert, x)),
         "linear forward + backward, text frozen": (training(linear), (x, kernel, kernel, expert, array(tokens, inner))),
     }
 

@@ -130,6 +130,7 @@ def routed_swiglu(
     biases: Sequence[tuple[jax.Array | None, jax.Array | None, jax.Array | None]] | None = None,
     token_gates: Sequence[tuple[jax.Array, jax.Array | None]] | None = None,
     expert: int | None = None,
+    recomputed: bool = False,
     interpret: Any = False,
 ) -> jax.Array:
     """y[t] = (silu(x[t] @ gate) * (x[t] @ up)) @ down with the weights of expert e(t), and 0 for tokens without one.
@@ -143,6 +144,8 @@ def routed_swiglu(
       biases: (of gate [F], of up [F], of down [D]) per expert, each may be None. With them the layer is three `routed_linear`.
       token_gates: (kernel [D, 1], bias [1] or None) per expert: y[t] is multiplied by sigmoid(x[t] @ kernel + bias) (BREEN).
       expert: which expert serves all tokens, when routing is None.
+      recomputed: say so where the layer is under `jax.checkpoint` and nothing of it is kept for the backward pass. The forward pass then
+        does not write x @ gate and x @ up, and the recomputation makes these alone. The result is the same either way.
       interpret: True or `pltpu.InterpretParams` runs 'pallas_tpu' without a TPU, `InterpretGPUParams` 'pallas_gpu' without a GPU, for
         tests.
 
@@ -170,7 +173,7 @@ def routed_swiglu(
         flat = x.reshape(-1, d)
         implementation, backend = _choose(implementation, flat, (d, f), routing, interpret, name)
         if backend is not None:
-            y = vjp.routed_swiglu(backend, flat, tuple(experts), routing)
+            y = vjp.routed_swiglu(backend, flat, tuple(experts), routing, recomputed)
         else:
             y = (reference if implementation == "reference" else ragged).routed_swiglu(flat, tuple(experts), routing)
         y = y.reshape(x.shape)

@@ -192,7 +192,7 @@ def main() -> None:
         if a.case not in cases:
             parser.error(f"--case {a.case}: with --static, one of {', '.join(cases) or 'its cases'}")
         jax.config.update("jax_platforms", "cpu")  # or JAX would start libtpu before it is told to write profiles
-        print(json.dumps(aot_tpu.profile(a.static, a.case, a.tokens, a.width, a.inner)))
+        print(json.dumps(aot_tpu.case_alone(a.static, a.case, a.tokens, a.width, a.inner)))
         return
     if a.static:
         result = aot_tpu.report(a.static, a.tokens, a.width, a.inner)

@@ -116,6 +116,10 @@ class Gpu:
         h, g, u = self._grouped("gate_up_saved", _gate_up_saved, routing, (x,), (), weights, accumulators=2, outputs=3)
         return self.linear(h, tuple(down for _, _, down in experts), routing), g, u
 
+    def gate_up(self, x: jax.Array, experts: Experts, routing: Routing) -> tuple[jax.Array, jax.Array]:
+        weights = tuple((gate, up) for gate, up, _ in experts)
+        return self._grouped("gate_up_again", _gate_and_up, routing, (x,), (), weights, accumulators=2, outputs=2)  # type: ignore[return-value]
+
     def swiglu_bwd(
         self, x: jax.Array, g: jax.Array, u: jax.Array, dy: jax.Array, experts: Experts, routing: Routing
     ) -> tuple[jax.Array, Experts]:
@@ -397,6 +401,10 @@ def _first(products, narrow):
 
 def _sigmoid(g: jax.Array) -> jax.Array:
     return 1 / (1 + jnp.exp(-g))
+
+
+def _gate_and_up(products, narrow):
+    return tuple(products)
 
 
 def _gate_up_saved(products, narrow):

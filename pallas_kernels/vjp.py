@@ -23,7 +23,7 @@ Biases = tuple[jax.Array | None, ...]
 
 @runtime_checkable
 class Backend(Protocol):
-    """Rows into slot order and back, and four functions on slots [S, width]; hashable.
+    """Rows into slot order and back, and functions on slots [S, width]; hashable.
 
     Empty slots hold zeros, or rubbish that no token's slot ever reads; where weight gradients read them, the slots of x and dy are zero.
     """
@@ -40,6 +40,10 @@ class Backend(Protocol):
 
     def swiglu_fwd(self, x: jax.Array, experts: Experts, routing: Routing) -> tuple[jax.Array, jax.Array, jax.Array]:
         """y, and what the backward pass needs: x @ gate and x @ up."""
+        ...
+
+    def gate_up(self, x: jax.Array, experts: Experts, routing: Routing) -> tuple[jax.Array, jax.Array]:
+        """What the backward pass needs, alone."""
         ...
 
     def swiglu_bwd(
@@ -86,7 +90,6 @@ def routed_linear(backend: Backend, x: jax.Array, kernels: Kernels, biases: Bias
 # ---- SwiGLU ------------------------------------------------------------------------------------------------------------------------
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _swiglu(backend: Backend, x: jax.Array, experts: Experts, routing: Routing) -> jax.Array:
     return backend.to_tokens(backend.swiglu(backend.to_slots(x, routing), experts, routing), routing)
 
@@ -98,16 +101,28 @@ def _swiglu_fwd(backend, x, experts, routing):
     return backend.to_tokens(y, routing), (slots, g, u, experts, routing)
 
 
+def _swiglu_fwd_apart(backend, x, experts, routing):
+    slots = backend.to_slots(x, routing)
+    y = backend.to_tokens(backend.swiglu(slots, experts, routing), routing)
+    return y, (slots, *backend.gate_up(slots, experts, routing), experts, routing)
+
+
 def _swiglu_bwd(backend, saved, dy):
     slots, g, u, experts, routing = saved
     dx, dexperts = backend.swiglu_bwd(slots, g, u, backend.to_slots(dy, routing), experts, routing)
     return backend.to_tokens(dx, routing), dexperts, None
 
 
-_swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
+_swiglu_saved, _swiglu_recomputed = (jax.custom_vjp(_swiglu, nondiff_argnums=(0,)) for _ in range(2))
+_swiglu_saved.defvjp(_swiglu_fwd, _swiglu_bwd)
+_swiglu_recomputed.defvjp(_swiglu_fwd_apart, _swiglu_bwd)
 
 
-def routed_swiglu(backend: Backend, x: jax.Array, experts: Experts, routing: Routing) -> jax.Array:
-    """x [N, D], experts (gate [D, F], up [D, F], down [F, D]) of any dtype -> [N, D] in the dtype of x."""
+def routed_swiglu(backend: Backend, x: jax.Array, experts: Experts, routing: Routing, recomputed: bool = False) -> jax.Array:
+    """x [N, D], experts (gate [D, F], up [D, F], down [F, D]) of any dtype -> [N, D] in the dtype of x.
+
+    recomputed: y is made by one operation, and what the backward pass needs by another: the pass that does not use it drops it.
+    """
     gates, ups, downs = (tuple(w.astype(x.dtype) for w in ws) for ws in zip(*experts, strict=True))
-    return _swiglu(backend, x, tuple(zip(gates, ups, downs, strict=True)), routing)
+    run = _swiglu_recomputed if recomputed else _swiglu_saved
+    return run(backend, x, tuple(zip(gates, ups, downs, strict=True)), routing)

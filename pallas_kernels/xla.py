@@ -89,6 +89,14 @@ class Xla:
         (y, g, u), _ = _each_expert(routing, f, (x,), experts, (x.shape[1], width, width))
         return y, g, u
 
+    def gate_up(self, x: jax.Array, experts: Experts, routing: Routing) -> tuple[jax.Array, jax.Array]:
+        def f(rows, w):
+            (x,), (gate, up, _) = rows, w
+            return (x @ gate, x @ up), ()
+
+        width = experts[0][0].shape[1]
+        return _each_expert(routing, f, (x,), experts, (width, width))[0]  # type: ignore[return-value]
+
     def swiglu_bwd(
         self, x: jax.Array, g: jax.Array, u: jax.Array, dy: jax.Array, experts: Experts, routing: Routing
     ) -> tuple[jax.Array, Experts]:

@@ -171,7 +171,8 @@ def mlp_layer(p: Params, x: Float[Array, "b t d"], routing: Routing | None, ops:
     text, visual = p["text"], p.get("visual")
     if routing is None or visual is None:
         return ops.over_mesh(swiglu, "mlp")(x, text["gate"], text["up"], text["down"])
-    return ops.over_mesh(ops.routed_swiglu, "mlp")(x, tuple((w["gate"], w["up"], w["down"]) for w in (text, visual)), routing)
+    routed = functools.partial(ops.routed_swiglu, recomputed=ops.remat == "full")
+    return ops.over_mesh(routed, "mlp")(x, tuple((w["gate"], w["up"], w["down"]) for w in (text, visual)), routing)
 
 
 def block(p: Params, h: Float[Array, "b t d"], table, segments, routing, cache, config: DecoderConfig, ops: Ops) -> tuple[jax.Array, Any]:

@@ -163,7 +163,7 @@ def test_bad_rows_of_one_expert_stay_with_it(kind: str) -> None:
 # ---- under transformations -----------------------------------------------------------------------------------------------------------
 
 
-def deep(kind: str, implementation: str | None, remat: bool, policy: Any = None):
+def deep(kind: str, implementation: str | None, remat: bool, policy: Any = None, recomputed: bool = False):
     """(weights stacked over layers, x, expert) -> scalar; layers run by scan, residual, so that the depth matters."""
 
     def loss(weights, x, expert):
@@ -171,7 +171,7 @@ def deep(kind: str, implementation: str | None, remat: bool, policy: Any = None)
 
         def step(x, w):
             if kind == "swiglu":
-                return x + routed_swiglu(x, w, routing, implementation), None
+                return x + routed_swiglu(x, w, routing, implementation, recomputed=recomputed), None
             return x + routed_linear(x, [k for k, _ in w], routing, [b for _, b in w], implementation), None
 
         return jnp.sum(jax.lax.scan(jax.checkpoint(step, policy=policy) if remat else step, x, weights)[0] ** 2)
@@ -179,16 +179,17 @@ def deep(kind: str, implementation: str | None, remat: bool, policy: Any = None)
     return loss
 
 
-@pytest.mark.parametrize("remat", ["none", "full", "save"])
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize(
+    ("kind", "remat"), [*((kind, remat) for kind in LAYERS for remat in ("none", "full", "save")), ("swiglu", "recomputed")]
+)
 def test_in_scan_and_under_remat(kind: str, remat: str) -> None:
     shape, expert = (80, 6, 6), MASKS["random"][:80].astype(np.int32)
     x = make_inputs(kind, shape)[0]
     weights = stack(*(make_inputs(kind, shape, seed=s)[1] for s in (1, 2)))
     policy = jax.checkpoint_policies.save_only_these_names("gate", "up") if remat == "save" else None
     want = quick_jit(jax.value_and_grad(deep(kind, "reference", False), (0, 1)))(weights, x, expert)
-    got = quick_jit(jax.value_and_grad(deep(kind, "xla", remat != "none", policy), (0, 1)))(weights, x, expert)
-    close(got, want, 1e-5)
+    loss = deep(kind, "xla", remat != "none", policy, remat == "recomputed")
+    close(quick_jit(jax.value_and_grad(loss, (0, 1)))(weights, x, expert), want, 1e-5)
 
 
 @pytest.mark.parametrize("options", ["all_programs", pytest.param("default_compiler", marks=pytest.mark.slow)])
