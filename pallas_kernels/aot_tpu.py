@@ -14,12 +14,10 @@ what needs too much is compiled at two smaller sizes, two row tiles apart, and w
 from __future__ import annotations
 
 import collections
-import concurrent.futures
 import contextlib
 import datetime
 import importlib.metadata
 import json
-import multiprocessing
 import os
 import re
 import subprocess
@@ -191,20 +189,9 @@ def profile(topology: str, case: str, tokens: int, width: int, inner: int) -> di
 
 
 def vmem_of_case(topology: str, case: str, tokens: int, width: int, inner: int) -> dict[str, int]:
-    """The bytes of VMEM that each kernel of a case takes, compiled as a user's program is, in a process without the profiler's flag."""
-    if "LIBTPU_INIT_ARGS" in os.environ:
-        raise RuntimeError("LIBTPU_INIT_ARGS is set: libtpu would compile for the profiler")
-    jax.config.update("jax_platforms", "cpu")
+    """The bytes of VMEM that each kernel of a case takes, compiled as a user's program is: in a process that has not profiled."""
     f, args = all_cases(topology.split(":")[0], tokens, width, inner)[case]
     return vmem_of_kernels(compile_for(topology, f, *args).as_text())
-
-
-def case_alone(topology: str, case: str, tokens: int, width: int, inner: int) -> dict[str, Any]:
-    """`profile` of a case, and `vmem_of_case` in a process of its own."""
-    where = topology, case, tokens, width, inner
-    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
-        vmem = {} if case.startswith(FLOOR) or case == "routing" else other.submit(vmem_of_case, *where).result()
-    return {"cycles": profile(*where), "vmem": vmem}
 
 
 def bounded(topology: str, case: str, cycles: dict[str, float], tokens: int, width: int, inner: int) -> dict[str, float]:
@@ -288,7 +275,7 @@ def floor_cases(tokens: int, width: int, inner: int) -> dict[str, tuple[Callable
 
 
 def all_cases(generation: str, tokens: int, width: int, inner: int) -> dict[str, tuple[Callable[..., Any], tuple]]:
-    """Everything that `case_alone` can be asked for, the floor first."""
+    """Everything that `profile` can be asked for, the floor first."""
     return floor_cases(tokens, width, inner) | kernel_cases(generation, tokens, width, inner)
 
 
@@ -319,9 +306,10 @@ def dense_passes(cycles: dict[str, float]) -> dict[str, float]:
 
 
 def report(topology: str, tokens: int, width: int, inner: int) -> dict[str, Any]:
-    """`case_alone` of every case, those of the floor first, each in a process that has CASE_SECONDS; and what follows from them."""
+    """`profile` of every case, those of the floor first, each in a process that has CASE_SECONDS; and what follows from them."""
     generation = topology.split(":")[0]
     found: dict[str, list[Any]] = {}
+    vmem: dict[str, Any] = {}
     stands_for = {FLOOR + spare: FLOOR + matmul for matmul, spare in INSTEAD.items()}
     for case in all_cases(generation, tokens, width, inner):
         if case in stands_for and not any(isinstance(result, str) for result in found[stands_for[case]]):
@@ -329,12 +317,14 @@ def report(topology: str, tokens: int, width: int, inner: int) -> dict[str, Any]
         for size in compiled_tokens(generation, tokens, case):
             print(f"{topology}, {size} tokens: {case}", file=sys.stderr, flush=True)
             found.setdefault(case, []).append(_in_process(topology, case, size, width, inner))
-    return record(topology, tokens, width, inner, found)
+        if not case.startswith(FLOOR):
+            vmem[case] = _in_process(topology, case, compiled_tokens(generation, tokens, case)[0], width, inner, "--vmem")
+    return record(topology, tokens, width, inner, found, vmem)
 
 
-def _in_process(topology: str, case: str, tokens: int, width: int, inner: int) -> dict[str, Any] | str:
+def _in_process(topology: str, case: str, tokens: int, width: int, inner: int, *flags: str) -> dict[str, Any] | str:
     sizes = ["--tokens", str(tokens), "--width", str(width), "--inner", str(inner)]
-    command = [sys.executable, "-m", "pallas_kernels.benchmark", "--static", topology, "--case", case, *sizes]
+    command = [sys.executable, "-m", "pallas_kernels.benchmark", "--static", topology, "--case", case, *sizes, *flags]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     try:
         child = subprocess.run(command, capture_output=True, text=True, timeout=CASE_SECONDS, env=environment, check=False)
@@ -343,10 +333,11 @@ def _in_process(topology: str, case: str, tokens: int, width: int, inner: int) -
     return json.loads(child.stdout.splitlines()[-1]) if child.returncode == 0 else f"no estimate: {child.stderr.strip()[-300:]}"
 
 
-def record(topology: str, tokens: int, width: int, inner: int, found: dict[str, list[Any]]) -> dict[str, Any]:
+def record(topology: str, tokens: int, width: int, inner: int, found: dict[str, list[Any]], vmem: dict[str, Any]) -> dict[str, Any]:
     """What is written of a report.
 
-    found: by case, for each size of `compiled_tokens`, the result of `case_alone`, or a word on why there is none.
+    found: by case, for each size of `compiled_tokens`, the result of `profile`, or a word on why there is none. vmem: by case,
+    the result of `vmem_of_case` at the first of them, or such a word.
     """
     cycles: dict[str, Any] = {}
     floor: dict[str, float] = {}
@@ -355,7 +346,7 @@ def record(topology: str, tokens: int, width: int, inner: int, found: dict[str, 
         if word := next((r for r in results if isinstance(r, str)), None):
             cycles[case] = word
             continue
-        made = extended(sizes, [r["cycles"] for r in results], tokens)
+        made = extended(sizes, results, tokens)
         if case.startswith(FLOOR):
             floor |= made
         else:
@@ -373,7 +364,7 @@ def record(topology: str, tokens: int, width: int, inner: int, found: dict[str, 
         "date": str(datetime.date.today()),
         "ratios": ratios(cycles),
         "cycles": cycles,
-        "vmem": {case: r[0]["vmem"] for case, r in found.items() if isinstance(r[0], dict) and r[0].get("vmem")},
+        "vmem": {case: kernels for case, kernels in vmem.items() if kernels},
     }
 
 

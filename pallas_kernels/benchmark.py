@@ -180,6 +180,7 @@ def main() -> None:
     parser.add_argument("--static", metavar="TOPOLOGY", help="v5e:2x2, v5p:2x2x1 or v6e:2x2: cycles by the compiler; needs no TPU")
     parser.add_argument("--aot", choices=("h100",), help="registers, spills and shared memory of the GPU kernels; needs no GPU")
     parser.add_argument("--case", help="with --static: profile this one alone, in this process")
+    parser.add_argument("--vmem", action="store_true", help="with --case: what VMEM its kernels take, in place of their cycles")
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     a = parser.parse_args()
     if a.aot:
@@ -192,7 +193,8 @@ def main() -> None:
         if a.case not in cases:
             parser.error(f"--case {a.case}: with --static, one of {', '.join(cases) or 'its cases'}")
         jax.config.update("jax_platforms", "cpu")  # or JAX would start libtpu before it is told to write profiles
-        print(json.dumps(aot_tpu.case_alone(a.static, a.case, a.tokens, a.width, a.inner)))
+        ask = aot_tpu.vmem_of_case if a.vmem else aot_tpu.profile
+        print(json.dumps(ask(a.static, a.case, a.tokens, a.width, a.inner)))
         return
     if a.static:
         result = aot_tpu.report(a.static, a.tokens, a.width, a.inner)

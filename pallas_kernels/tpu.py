@@ -38,9 +38,9 @@ code takes a third of the time to compile and 2% longer to run."""
 MOVE_ROWS = 256
 """Rows that `tpu_permutation` moves at once: a multiple of TPU_LEAST_ROWS, so that every sub-block with a token is filled up with zeros."""
 
-VMEM = {"v5e": 62 << 20, "v5p": 32 << 20, "v6e": 62 << 20}
-"""Bytes of VMEM for the blocks of a kernel and the compiler's temporaries, by generation; 32 MiB on others. XLA may put results of its own
-beyond these, and counts what the kernel takes on top, so this is half of the memory."""
+VMEM = {"v5e": 116 << 20, "v5p": 58 << 20, "v6e": 116 << 20}
+"""Bytes of VMEM for the blocks of a kernel and the compiler's temporaries, by generation; 32 MiB on others. A tenth of the memory is left
+to XLA."""
 
 TWO_CORES = ("v4", "v5p")
 """Generations whose chips share the parallel dimensions of a grid between two cores."""

@@ -145,23 +145,24 @@ def test_every_case_of_the_estimate_can_be_traced(generation: str) -> None:
 def test_a_record_of_what_was_compiled_and_what_was_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aot_tpu.importlib.metadata, "version", lambda name: f"{name} 1.0")
     monkeypatch.setattr(aot_tpu, "waiting", lambda *args: 0.0)
-    small, large = ({"cycles": {"routed_ffn": count}, "vmem": {"routed_ffn": 7}} for count in (1e6, 1.5e6))
+    small, large = ({"routed_ffn": count} for count in (1e6, 1.5e6))
     sizes = {case: aot_tpu.compiled_tokens("v6e", 16384, case) for case in aot_tpu.floor_cases(16384, 2048, 8192)}
-    floor = {case: [{"cycles": {case: 1e6 * n * size / 16384}, "vmem": {}} for size in sizes[case]] for n, case in enumerate(sizes, 1)}
+    floor = {case: [{case: 1e6 * n * size / 16384} for size in sizes[case]] for n, case in enumerate(sizes, 1)}
     spares = {name: floor.pop(name) for name in [aot_tpu.FLOOR + spare for spare in aot_tpu.INSTEAD.values()]}
     results = {**floor, "forward": [small, large], "permutation": ["no estimate within 1 s"]}
-    made = aot_tpu.record("v6e:2x2", 16384, 2048, 8192, results)
+    vmem = {"forward": {"routed_ffn": 7}, "routing": {}}
+    made = aot_tpu.record("v6e:2x2", 16384, 2048, 8192, results, vmem)
     assert made["kernels compiled at"] == (4096, 6144) and made["ratios"] == {"forward: kernels": 1.0}
     backward = 3e6 + 2 * 4e6 + 2 * 5e6 + 6e6
     both = {"dense forward + backward": 4e6 + backward, "dense under full remat": 6e6 + backward}
     assert made["cycles"]["floor"] == {"dense forward": 4e6, "dense backward": backward, **both}
     results["floor: h^T dy"] = ["no estimate"]
-    made = aot_tpu.record("v6e:2x2", 16384, 2048, 8192, results)
+    made = aot_tpu.record("v6e:2x2", 16384, 2048, 8192, results, vmem)
     assert made["ratios"] and made["cycles"]["floor"] == {"dense forward": 4e6} and made["cycles"]["floor: h^T dy"] == "no estimate"
     instead = {**results, **spares}
-    assert aot_tpu.record("v6e:2x2", 16384, 2048, 8192, instead)["cycles"]["floor"]["dense backward"] == backward + 2e6
+    assert aot_tpu.record("v6e:2x2", 16384, 2048, 8192, instead, vmem)["cycles"]["floor"]["dense backward"] == backward + 2e6
     results["floor: x up"] = ["no estimate"]
-    assert not aot_tpu.record("v6e:2x2", 16384, 2048, 8192, results)["ratios"]
+    assert not aot_tpu.record("v6e:2x2", 16384, 2048, 8192, results, vmem)["ratios"]
     assert made["cycles"]["permutation"] == "no estimate within 1 s" and made["vmem"] == {"forward": {"routed_ffn": 7}}
 
 
