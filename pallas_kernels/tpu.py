@@ -31,9 +31,9 @@ MOST_COLUMNS, WIDE, NARROW = 1024, 2048, 512
 """The most columns of a block; WIDE in a weight gradient, whose left operand is read again for each block of the right one's columns;
 NARROW where a step multiplies by three matrices, whose code takes twice as long to compile for a gain of 0.6% (v5e) to 2% (v6e)."""
 
-UNROLLED = 1 << 20
-"""Rows times columns times matrices of what a grouped matmul computes at once; larger tiles are a loop over their columns. On a v6e the
-code takes a third of the time to compile and 2% longer to run."""
+UNROLLED, LEAST_CHUNK = 1 << 31, 256
+"""Multiplications that a grouped matmul writes out; larger tiles are a loop over their columns, so many at least in a turn. On a v6e the
+code of a tile of twice as many takes a third of the time to compile so, and 2% longer to run; turns of 256 columns take 4% longer."""
 
 MOVE_ROWS = 256
 """Rows that `tpu_permutation` moves at once: a multiple of TPU_LEAST_ROWS, so that every sub-block with a token is filled up with zeros."""
@@ -50,7 +50,8 @@ READ_AGAIN = ("v5e", "v5p")
 
 ONE_BUFFER = ("v5p",)
 """Generations where what a row tile reads or writes once has one buffer in place of two if that leaves room for wider blocks of weights.
-A tile then waits for it, which the estimate counts: `routed_ffn_dx` gains 9% on a v5p, and `routed_ffn` would lose 5% on a v6e."""
+A tile then waits for it, which the estimate counts: `routed_ffn_dx` of a v5p gained 9% by blocks twice as wide, `routed_ffn` of a v6e would
+lose 5%."""
 
 TWO_KERNELS = ("v5p",)
 """Generations where SwiGLU is faster as two kernels, as where gate and up are saved: VMEM holds but narrow blocks of all three matrices."""
@@ -196,7 +197,8 @@ class Tpu:
             return 2 * size * (experts * per_expert * k * columns + rows * k + outputs * rows * columns) + 6 * outputs * rows * columns
 
         rows, columns, sub = self._tiles(routing, m, blocks)
-        tiles, steps, chunk = x.shape[0] // rows, m // columns, min(columns, max(LANES, UNROLLED // (rows * per_expert)))
+        tiles, steps = x.shape[0] // rows, m // columns
+        chunk = next(c for c in COLUMNS if c <= columns and (c <= LEAST_CHUNK or rows * c * k * per_expert <= UNROLLED))
 
         def body(place, x, *refs):
             place, s = self._place(place, routing, rows), pl.program_id(1)
@@ -338,7 +340,7 @@ class Tpu:
         def weight_shape(w, axis):
             return (w.shape[0], columns) if axis else (columns, w.shape[1])
 
-        y, *narrow_out = self._call(
+        return self._call(
             f"routed_{name}",
             body,
             routing,
@@ -367,7 +369,6 @@ class Tpu:
             moved=self._used(routing, rows) * (sum(rows * a.shape[1] for a in wide + narrow) + sum(w.size for w in weights[0]))
             + slots * (width + outputs * inner),
         )
-        return (y, *narrow_out)
 
     def _weight_gradients(
         self,

@@ -227,8 +227,9 @@ def test_tiles_of_half_the_rows_compute_the_same(kind: str, monkeypatch: pytest.
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_wide_tiles_are_computed_in_a_loop_over_their_columns(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tpu, "COLUMNS", (256,))
+    monkeypatch.setattr(tpu, "COLUMNS", (256, 128))
     monkeypatch.setattr(tpu, "UNROLLED", 1)
+    monkeypatch.setattr(tpu, "LEAST_CHUNK", 128)
     x, weights, dy = make_inputs(kind, (40, 256, 256))
     expert = jnp.asarray(MASKS["random"][:40])
 
@@ -576,6 +577,8 @@ print(len(names), sum("weight_gradient" in name for name in names))
 def test_compiles_for(topology: str, tokens: int, run_python: Callable[..., str]) -> None:
     """Forward and backward with the text expert frozen, at the 2B shapes: five kernels, two of them weight gradients, and four moves."""
     needs_libtpu()
-    temporaries, kernels = run_python(COMPILE.format(topology=topology, tokens=tokens), JAX_PLATFORMS="cpu").strip().splitlines()[-2:]
+    temporaries, kernels = (
+        run_python(COMPILE.format(topology=topology, tokens=tokens), timeout=1200, JAX_PLATFORMS="cpu").strip().splitlines()[-2:]
+    )
     assert kernels == "9 2"
     assert int(temporaries) < 2**31
