@@ -39,8 +39,7 @@ MOVE_ROWS = 256
 """Rows that `tpu_permutation` moves at once: a multiple of TPU_LEAST_ROWS, so that every sub-block with a token is filled up with zeros."""
 
 VMEM = {"v5e": 116 << 20, "v5p": 58 << 20, "v6e": 116 << 20}
-"""Bytes of VMEM for the blocks of a kernel and the compiler's temporaries, by generation; 32 MiB on others. A tenth of the memory is left
-to XLA."""
+"""Bytes of VMEM for a kernel's blocks and the compiler's temporaries; 32 MiB on other generations. A tenth of the memory is XLA's."""
 
 TWO_CORES = ("v4", "v5p")
 """Generations whose chips share the parallel dimensions of a grid between two cores."""
