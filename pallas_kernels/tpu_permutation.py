@@ -24,6 +24,9 @@ from pallas_kernels.routing import LINE, Routing, before, gap
 
 f32 = jnp.float32
 
+MOST_COLUMNS = 2560
+"""Of what is moved at once: wider rows are moved in parts, as rows of 4,096 numbers take more than the 16 MiB of VMEM that a v5e gives."""
+
 
 Estimate = tuple[int, int] | None
 """How many pairs there are, and how many blocks or tiles are read for them, in a program compiled for the estimate of its cycles alone,
@@ -95,6 +98,8 @@ def _move(
     if x.shape[0] < rows:
         x = jnp.pad(x, ((0, rows - x.shape[0]), (0, 0)))
     columns = width // 2 if cores == 2 and width % 256 == 0 else width
+    while columns > MOST_COLUMNS and columns % 256 == 0:
+        columns //= 2
     steps, fetches = estimate or (found.block.shape[0], found.block.shape[0])
 
     def read(step, place):

@@ -88,6 +88,20 @@ def test_two_cores_move_the_same() -> None:
     check(*inputs(150, "bfloat16"), np.arange(150, dtype=np.int32) // 3 % 2, cores=2)
 
 
+def test_wide_rows_are_moved_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tpu_permutation, "MOST_COLUMNS", 128)
+    x, _ = inputs(150, "bfloat16")
+    expert = jnp.arange(150, dtype=jnp.int32) // 3 % 2
+    made = make_routing(expert, row_multiple=32, tile_rows=32)
+
+    def move(x):
+        return tpu_permutation.to_slots(x, made, ROWS, True)
+
+    assert f"grid=({WIDTH // 128}," in str(jax.make_jaxpr(move)(x)).replace(" ", "")
+    keep = rows_of_tiles_with_tokens(made)
+    np.testing.assert_array_equal(quick_jit(move)(x)[keep], routing.to_slots(x, made)[keep])
+
+
 @pytest.mark.parametrize("by_slot", [True, False])
 def test_pairs_are_in_the_order_of_what_is_written(by_slot: bool) -> None:
     """Blocks of 4 tokens, tiles of 4 slots; an expert owns whole blocks of 4 slots."""
