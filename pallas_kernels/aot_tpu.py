@@ -337,7 +337,7 @@ def record(topology: str, tokens: int, width: int, inner: int, found: dict[str, 
     """What is written of a report.
 
     found: by case, for each size of `compiled_tokens`, the result of `profile`, or a word on why there is none. vmem: by case,
-    the result of `vmem_of_case` at the first of them, or such a word.
+    the result of `vmem_of_case` at the first of them, or such a word, which is left out.
     """
     cycles: dict[str, Any] = {}
     floor: dict[str, float] = {}
@@ -364,7 +364,7 @@ def record(topology: str, tokens: int, width: int, inner: int, found: dict[str, 
         "date": str(datetime.date.today()),
         "ratios": ratios(cycles),
         "cycles": cycles,
-        "vmem": {case: kernels for case, kernels in vmem.items() if kernels},
+        "vmem": {case: kernels for case, kernels in vmem.items() if kernels and isinstance(kernels, dict)},
     }
 
 
