@@ -230,8 +230,9 @@ def waiting(cycles: float, weights: float, counts: Sequence[int], rows: int, til
         empty, more = gap(count, tile_rows)
         for first in range(0, count + more, rows):
             tile = min(rows, (empty if first < empty + more else count + more) - first)
-            filled.append(-(-tile // TPU_LEAST_ROWS) * TPU_LEAST_ROWS)
-    return sum(max(0.0, weights - cycles * part / sum(filled)) for part in filled if part)
+            if tile > 0:  # no tile that is all gap
+                filled.append(-(-tile // TPU_LEAST_ROWS) * TPU_LEAST_ROWS)
+    return sum(max(0.0, weights - cycles * part / sum(filled)) for part in filled)
 
 
 def compiled_tokens(generation: str, tokens: int, case: str) -> tuple[int, ...]:

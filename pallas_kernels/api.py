@@ -47,13 +47,15 @@ def _check_each(
         raise ValueError(f"{name}: {what} have shapes {found}; expected {list(shapes)} or None for each of {num_experts} experts")
 
 
-def _choose(implementation: Implementation | None, x: jax.Array, widths: tuple[int, ...], routing: Routing, interpret: Any, name: str):
+def _choose(
+    implementation: Implementation | None, x: jax.Array, widths: tuple[int, ...], routing: Routing, interpret: Any, name: str, matrices: int
+):
     """The implementation's name and, where `vjp` drives it, its backend."""
     tokens = x.shape[0]
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"implementation is {implementation!r}; use None or one of {', '.join(map(repr, IMPLEMENTATIONS))}")
     generation, cores = tpu_generation(), hopper_cores()
-    why_not_tpu = tpu.unsupported(generation or "v5e", routing.block_rows, widths, x.dtype, bool(interpret))
+    why_not_tpu = tpu.unsupported(generation or "v5e", routing, widths, x.dtype, matrices, bool(interpret))
     if implementation is None:  # pallas_gpu only by name: no GPU has run it yet
         on_tpu = generation and not why_not_tpu
         implementation = "reference" if tokens < SMALL else "pallas_tpu" if on_tpu else "xla"
@@ -67,7 +69,7 @@ def _choose(implementation: Implementation | None, x: jax.Array, widths: tuple[i
             from pallas_kernels import gpu
         except ModuleNotFoundError as error:  # jax's own modules for it need more than jax installs
             raise ValueError(f"{name}: pallas_gpu needs {error.name}; pip install absl-py") from error
-        backend, here, why_not = gpu.Gpu(cores or 2, interpret), cores, gpu.unsupported(routing.block_rows, widths, x.dtype)
+        backend, here, why_not = gpu.Gpu(cores or 2, interpret), cores, gpu.unsupported(routing, widths, x.dtype)
     if not here and not interpret:
         why_not = f"this program is traced for {device_kind()!r}; use 'xla', or interpret in a test"
     if why_not:
@@ -113,7 +115,7 @@ def routed_linear(
     if routing is None:
         return reference.linear(x, kernels[expert or 0], biases[expert or 0])
     flat = x.reshape(-1, x.shape[-1])
-    implementation, backend = _choose(implementation, flat, kernels[0].shape, routing, interpret, "routed_linear")
+    implementation, backend = _choose(implementation, flat, kernels[0].shape, routing, interpret, "routed_linear", matrices=1)
     if backend is not None:
         y = vjp.routed_linear(backend, flat, tuple(kernels), biases, routing)
     else:
@@ -145,7 +147,8 @@ def routed_swiglu(
       token_gates: (kernel [D, 1], bias [1] or None) per expert: y[t] is multiplied by sigmoid(x[t] @ kernel + bias) (BREEN).
       expert: which expert serves all tokens, when routing is None.
       recomputed: say so where the layer is under `jax.checkpoint` and nothing of it is kept for the backward pass. The forward pass then
-        does not write x @ gate and x @ up, and the recomputation makes these alone. The result is the same either way.
+        does not write x @ gate and x @ up, and the recomputation makes these alone. The result is the same either way, and so is what
+        is computed by 'reference', by 'ragged' and with biases.
       interpret: True or `pltpu.InterpretParams` runs 'pallas_tpu' without a TPU, `InterpretGPUParams` 'pallas_gpu' without a GPU, for
         tests.
 
@@ -171,7 +174,7 @@ def routed_swiglu(
         y = reference.swiglu(x, *experts[expert or 0])
     else:
         flat = x.reshape(-1, d)
-        implementation, backend = _choose(implementation, flat, (d, f), routing, interpret, name)
+        implementation, backend = _choose(implementation, flat, (d, f), routing, interpret, name, matrices=3)
         if backend is not None:
             y = vjp.routed_swiglu(backend, flat, tuple(experts), routing, recomputed)
         else:

@@ -188,6 +188,8 @@ def main() -> None:
         return
     if a.static and a.static.split(":")[0] not in aot_tpu.CHIPS:
         parser.error(f"--static {a.static}: the chip must be one of {', '.join(aot_tpu.CHIPS)}, as in v5e:2x2")
+    if a.vmem and not a.case:
+        parser.error("--vmem: name the case whose VMEM is asked for, with --case")
     if a.case:
         cases = aot_tpu.all_cases(a.static.split(":")[0], a.tokens, a.width, a.inner) if a.static else {}
         if a.case not in cases:

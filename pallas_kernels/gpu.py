@@ -50,14 +50,16 @@ LANES = 128
 f32 = jnp.float32
 
 
-def unsupported(rows: int, widths: Sequence[int], dtype: Any) -> str | None:
-    """Why the kernels cannot run on blocks of so many rows, these widths and this dtype, with the mend; None where they can."""
+def unsupported(routing: Routing, widths: Sequence[int], dtype: Any) -> str | None:
+    """Why the kernels cannot run in this order of the tokens, on these widths and this dtype, with the mend; None where they can."""
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"x has dtype {jnp.dtype(dtype).name}; cast it to bfloat16 or float16"
     if any(width % LANES for width in widths):
         return f"the widths {tuple(widths)} must be multiples of {LANES}; pad the weights"
-    if rows % ROWS:
-        return f"the routing has blocks of {rows} rows, not a multiple of {ROWS}; give make_routing row_multiple={ROWS}"
+    if routing.block_rows % ROWS:
+        return f"the routing has blocks of {routing.block_rows} rows, not a multiple of {ROWS}; give make_routing row_multiple={ROWS}"
+    if routing.tile_rows:
+        return f"the routing was made for a TPU's tiles of {routing.tile_rows} rows; give make_routing tile_rows=0"
     return None
 
 

@@ -122,11 +122,14 @@ def make_routing(expert: jax.Array, num_experts: int = 2, row_multiple: int | No
         counts as none; under `jax.experimental.checkify.checkify` it is an error.
       num_experts: static.
       row_multiple: static; the rows of a block are a multiple of it. None takes the kernels' tile on a TPU or Hopper GPU, else 1.
-      tile_rows: static; the rows of a TPU kernel's largest tile, an even divisor of row_multiple, where tiles are to be half full at least;
-        0 where not, and where half of them are fewer than TPU_LEAST_ROWS. None takes what is best on this device.
+      tile_rows: static; the rows of a TPU kernel's largest tile, a power of two that divides row_multiple, where tiles are to be half full
+        at least; 0 where not, and where half of them are fewer than TPU_LEAST_ROWS. None takes what is best on this device.
 
-    Raises ValueError for an empty or non-integer array, a row multiple below 1, and tile rows that do not halve or do not fill a block.
+    Raises ValueError for an empty or non-integer array, no experts, a row multiple below 1, and tile rows that do not halve down to one or
+    do not fill a block.
     """
+    if num_experts < 1:
+        raise ValueError(f"make_routing: num_experts is {num_experts}; give at least 1")
     if row_multiple is not None and row_multiple < 1:
         raise ValueError(f"make_routing: row_multiple is {row_multiple}; give at least 1")
     if not jnp.issubdtype(expert.dtype, jnp.integer):
@@ -142,8 +145,8 @@ def make_routing(expert: jax.Array, num_experts: int = 2, row_multiple: int | No
     )
     tokens = expert.shape[0]
     multiple = row_multiple or _row_multiple(tokens)
-    if tile_rows and (tile_rows < 0 or tile_rows % 2 or multiple % tile_rows):
-        raise ValueError(f"make_routing: tile_rows is {tile_rows}; give 0, or an even divisor of the row multiple, {multiple}")
+    if tile_rows and (tile_rows < 2 or tile_rows & (tile_rows - 1) or multiple % tile_rows):
+        raise ValueError(f"make_routing: tile_rows is {tile_rows}; give 0, or a power of two that divides the row multiple, {multiple}")
     rows = -(-tokens // (BLOCKS * multiple)) * multiple
     slots = (-(-tokens // rows) + num_experts - 1) * rows
 

@@ -24,6 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu_permutation
 from pallas_kernels.routing import TPU_LEAST_ROWS, TPU_ROWS, Routing, gap
+from pallas_kernels.tpu_permutation import LANES
 from pallas_kernels.vjp import Experts, Kernels
 
 COLUMNS = (2048, 1024, 512, 256, 128)
@@ -41,16 +42,16 @@ MOVE_ROWS = 256
 VMEM = {"v5e": 116 << 20, "v5p": 58 << 20, "v6e": 116 << 20}
 """Bytes of VMEM for a kernel's blocks and the compiler's temporaries; 32 MiB on other generations. A tenth of the memory is XLA's."""
 
-TWO_CORES = ("v4", "v5p")
+TWO_CORES = ("v5p",)
 """Generations whose chips share the parallel dimensions of a grid between two cores."""
 
 READ_AGAIN = ("v5e", "v5p")
 """Generations whose estimate of cycles aborts where a product takes what was just packed: they read it from memory. A v6e loses 2% so."""
 
 ONE_BUFFER = ("v5p",)
-"""Generations where what a row tile reads or writes once has one buffer in place of two if that leaves room for wider blocks of weights.
-A tile then waits for it, which the estimate counts: `routed_ffn_dx` of a v5p gained 9% by blocks twice as wide, `routed_ffn` of a v6e would
-lose 5%."""
+"""Generations where what a row tile reads or writes once has one buffer in place of two if that leaves room for wider blocks of weights,
+as in `routed_ffn_dx` of 4096 -> 11008. A tile then waits for it, which the estimate counts: of 2048 -> 8192 in half the VMEM,
+`routed_ffn_dx` of a v5p gained 9% by blocks twice as wide, and `routed_ffn` of a v6e would have lost 5%."""
 
 TWO_KERNELS = ("v5p",)
 """Generations where SwiGLU is faster as two kernels, as where gate and up are saved: VMEM holds but narrow blocks of all three matrices."""
@@ -59,7 +60,6 @@ ZEROED = ("v6e",)
 """Generations that zero the sum of `routed_ffn_dx` at first: to choose 0 in its place is 1.4% slower on a v6e, and faster in all other
 kernels and on the others."""
 
-LANES = 128
 f32 = jnp.float32
 
 
@@ -67,18 +67,53 @@ def _vmem(generation: str) -> int:
     return VMEM.get(generation, 32 << 20)
 
 
-def unsupported(generation: str, rows: int, widths: Sequence[int], dtype: Any, interpret: bool = False) -> str | None:
-    """Why the kernels cannot run on blocks of so many rows, these widths and this dtype, with the mend; None where they can."""
-    least = 32 // jnp.dtype(dtype).itemsize if interpret else LANES  # rows lie along the lanes where tiles are transposed
+def _budget(generation: str) -> int:
+    """What blocks may take of it; the rest is for the compiler's temporaries."""
+    return _vmem(generation) * 7 // 8
+
+
+def unsupported(
+    generation: str, routing: Routing, widths: Sequence[int], dtype: Any, matrices: int = 1, interpret: bool = False
+) -> str | None:
+    """Why the kernels of a layer, forward or backward, cannot run on these widths and this dtype, with the mend; None where they can.
+
+    matrices: of each expert, 1 [K, M] of a linear layer or 3 of SwiGLU. widths: (K, M), or (D, F).
+    """
+    rows, size = routing.block_rows, jnp.dtype(dtype).itemsize
+    least = 32 // size if interpret else LANES  # rows lie along the lanes where tiles are transposed
     if dtype not in (jnp.bfloat16, jnp.float32):
         return f"x has dtype {jnp.dtype(dtype).name}; cast it to bfloat16 or float32"
     if any(width % LANES for width in widths):
         return f"the widths {tuple(widths)} must be multiples of {LANES}; pad the weights"
     if rows % least:
         return f"the routing has blocks of {rows} rows, not a multiple of {least}; give make_routing a row_multiple"
-    if max(widths) * LANES * 12 > _vmem(generation):
-        return f"a width of {max(widths)} does not fit in VMEM; split the layer"
+    tile, experts = {"rows": TPU_LEAST_ROWS, "columns": LANES}, routing.num_experts
+    whole = widths if matrices == 1 else widths[:1]  # rows so wide are never split; F is walked in blocks
+    takes = [_grouped_bytes(size, k, experts, 1, **tile) for k in whole]
+    if matrices == 3:
+        takes.append(_grouped_bytes(size, whole[0], 2 * experts, 3, **tile))
+        takes.append(_reduced_bytes(size, whole[0], 3 * experts, 1, 5, True, 1 if generation in ONE_BUFFER else 2, **tile))
+    if max(takes) > _budget(generation):
+        return (
+            f"rows of {max(whole)} {jnp.dtype(dtype).name} numbers and {experts} experts do not fit in VMEM; shard the layer, or use 'xla'"
+        )
     return None
+
+
+def _grouped_bytes(size: int, k: int, matrices: int, outputs: int, rows: int, columns: int) -> int:
+    """What a step of `_grouped` takes in VMEM, with blocks of so many matrices. size: of a number, in bytes.
+
+    The compiler keeps a third copy of the row tile, and results in float32.
+    """
+    return size * (2 * matrices * k * columns + 3 * rows * k + 2 * outputs * rows * columns) + 6 * outputs * rows * columns
+
+
+def _reduced_bytes(
+    size: int, width: int, matrices: int, wide: int, narrow: int, transposed: bool, buffers: int, rows: int, columns: int
+) -> int:
+    """What a step of `_reduced` takes in VMEM, with so many wide and narrow tiles, and buffers for what a row tile moves once."""
+    once = rows * width * (buffers * (wide + 1) + wide * transposed)
+    return size * (2 * columns * (matrices * width + narrow * rows) + once) + 4 * rows * (width + 3 * columns * bool(wide))
 
 
 class Place(NamedTuple):
@@ -127,10 +162,13 @@ class Tpu:
     moves: tuple[tpu_permutation.Estimate, tpu_permutation.Estimate] = (None, None)
 
     def to_slots(self, x: jax.Array, routing: Routing) -> jax.Array:
-        return tpu_permutation.to_slots(x, routing, self.move_rows(routing), self.interpret, self._cores, self.moves[0])
+        return self._move(tpu_permutation.to_slots, x, routing, self.moves[0])
 
     def to_tokens(self, x: jax.Array, routing: Routing) -> jax.Array:
-        return tpu_permutation.to_tokens(x, routing, self.move_rows(routing), self.interpret, self._cores, self.moves[1])
+        return self._move(tpu_permutation.to_tokens, x, routing, self.moves[1])
+
+    def _move(self, move: Callable[..., jax.Array], x: jax.Array, routing: Routing, estimate: tpu_permutation.Estimate) -> jax.Array:
+        return move(x, routing, self.move_rows(routing), _budget(self.generation), self.interpret, self._cores, estimate)
 
     def linear(self, x: jax.Array, kernels: Kernels, routing: Routing) -> jax.Array:
         return self._grouped("linear", _matmul, routing, x, tuple((k,) for k in kernels))[0]
@@ -190,12 +228,7 @@ class Tpu:
         """
         experts, per_expert = len(weights), len(weights[0])
         k, m = weights[0][0].shape[::-1] if transposed else weights[0][0].shape
-        size = x.dtype.itemsize
-
-        def blocks(rows: int, columns: int) -> int:
-            return 2 * size * (experts * per_expert * k * columns + rows * k + outputs * rows * columns) + 6 * outputs * rows * columns
-
-        rows, columns, sub = self._tiles(routing, m, blocks)
+        rows, columns, sub = self._tiles(routing, m, partial(_grouped_bytes, x.dtype.itemsize, k, experts * per_expert, outputs))
         tiles, steps = x.shape[0] // rows, m // columns
         chunk = next(c for c in COLUMNS if c <= columns and (c <= LEAST_CHUNK or rows * c * k * per_expert <= UNROLLED))
 
@@ -268,21 +301,12 @@ class Tpu:
         """
         experts, per_expert = len(weights), len(weights[0])
         slots, dtype = routing.source.shape[0], weights[0][0].dtype
-        inner, size = weights[0][0].shape[axes[0]], weights[0][0].dtype.itemsize
-
-        def blocks(rows: int, columns: int, buffers: int) -> int:
-            stepwise = sum(w.size // inner for ws in weights for w in ws) * columns + rows * (len(narrow) + outputs) * columns
-            once = rows * (sum(a.shape[1] for a in wide) + width)
-            return size * (2 * stepwise + buffers * once) + 4 * rows * (width + 3 * columns * bool(wide)) + turned * size * rows
-
-        def tiles_of(buffers: int) -> tuple[int, int, int]:
-            # every tile reads all of its owner's weights: rows count, columns only decide between tiles of as many
-            most = MOST_COLUMNS if per_expert == 1 else NARROW
-            return self._tiles(routing, inner, partial(blocks, buffers=buffers), most, work=lambda rows, columns: (rows, columns))
-
-        turned = sum(a.shape[1] for a in wide) if transposed else 0
-        buffers = 1 if self.generation in ONE_BUFFER and tiles_of(1) > tiles_of(2) else 2
-        rows, columns, sub = tiles_of(buffers)
+        inner = weights[0][0].shape[axes[0]]
+        blocks = partial(_reduced_bytes, dtype.itemsize, width, experts * per_expert, len(wide), len(narrow) + outputs, transposed)
+        # every tile reads all of its owner's weights: rows count, columns only decide between tiles of as many
+        most, fewest = MOST_COLUMNS if per_expert == 1 else NARROW, 1 if self.generation in ONE_BUFFER else 2
+        rows, columns, sub = self._tiles(routing, inner, partial(blocks, fewest), most, work=lambda rows, columns: (rows, columns))
+        buffers = 2 if blocks(2, rows, columns) <= _budget(self.generation) else 1
         once = partial(pl.BlockSpec, pipeline_mode=pl.Buffered(1) if buffers == 1 else None)
         tiles, steps, zeroed = slots // rows, inner // columns, transposed and self.generation in ZEROED
         order = partial(_tile_of_step, tiles=tiles, cores=self._cores)
@@ -516,11 +540,9 @@ class Tpu:
         each byte it moves. All kernels of a routing have the same sub-blocks, so that one reads only what another has written."""
         largest = self._most_rows(routing)
         sub = math.gcd(largest, TPU_LEAST_ROWS)
-        rows = [largest >> i for i in range(6) if largest >> i >= sub]
-        budget = _vmem(self.generation) * 7 // 8  # the rest is for the compiler's temporaries
+        rows = [largest >> i for i in range(largest.bit_length()) if largest >> i >= sub]
+        budget = _budget(self.generation)
         fitting = [(r, c) for r in rows for c in COLUMNS if c <= most and width % c == 0 and blocks(r, c) <= budget]
-        if not fitting:
-            raise ValueError(f"no tile of {rows[-1]} rows of a width of {width} fits in VMEM; use another implementation")
         return *max(fitting, key=lambda tile: work(*tile)), sub
 
 

@@ -24,9 +24,9 @@ from pallas_kernels.routing import LINE, Routing, before, gap
 
 f32 = jnp.float32
 
-MOST_COLUMNS = 2560
-"""Of what is moved at once: wider rows are moved in parts, as rows of 4,096 numbers take more than the 16 MiB of VMEM that a v5e gives."""
-
+LANES = 128
+LEAST_LIMIT = 16 << 20
+"""Bytes of VMEM that any generation gives a kernel unasked."""
 
 Estimate = tuple[int, int] | None
 """How many pairs there are, and how many blocks or tiles are read for them, in a program compiled for the estimate of its cycles alone,
@@ -75,21 +75,38 @@ def pairs(routing: Routing, rows: int, by_slot: bool) -> Pairs:
     return Pairs(*(jnp.sum(jnp.where(mine, a, 0), axis=(0, 1), dtype=jnp.int32) for a in (b[:, None], tile)))
 
 
-def to_slots(x: jax.Array, routing: Routing, rows: int, interpret: Any = False, cores: int = 1, estimate: Estimate = None) -> jax.Array:
+def to_slots(
+    x: jax.Array, routing: Routing, rows: int, vmem: int, interpret: Any = False, cores: int = 1, estimate: Estimate = None
+) -> jax.Array:
     """[N, D] tokens -> [S, D] slots. Empty slots of a tile with tokens are zero, those of other tiles are left as they are in memory.
 
-    rows: of a tile and of a block of tokens. cores: of the chip; two halve the columns.
+    rows: of a tile and of a block of tokens. vmem: bytes that a step may take; wider rows are moved in parts. cores: of the chip; two
+    halve the columns.
     """
-    return _move(x, routing, rows, routing.source.shape[0], True, interpret, cores, estimate)
+    return _move(x, routing, rows, routing.source.shape[0], True, vmem, interpret, cores, estimate)
 
 
-def to_tokens(x: jax.Array, routing: Routing, rows: int, interpret: Any = False, cores: int = 1, estimate: Estimate = None) -> jax.Array:
+def to_tokens(
+    x: jax.Array, routing: Routing, rows: int, vmem: int, interpret: Any = False, cores: int = 1, estimate: Estimate = None
+) -> jax.Array:
     """[S, D] slots -> [N, D] tokens; padding tokens are zero. Arguments as of `to_slots`."""
-    return _move(x, routing, rows, routing.expert.shape[0], False, interpret, cores, estimate)
+    return _move(x, routing, rows, routing.expert.shape[0], False, vmem, interpret, cores, estimate)
+
+
+def step_bytes(rows: int, columns: int, itemsize: int) -> int:
+    """What a step takes in VMEM, as found by compiling: two buffers of each side, and what is computed on."""
+    return rows * columns * (4 * itemsize + 12)
+
+
+def _columns(width: int, rows: int, itemsize: int, vmem: int, cores: int) -> int:
+    """How many columns are moved at once: the most that divide a row and fit."""
+    pieces = width // LANES
+    shared = math.gcd(pieces, cores)
+    return next(width // n for n in range(shared, pieces + 1, shared) if pieces % n == 0 and step_bytes(rows, width // n, itemsize) <= vmem)
 
 
 def _move(
-    x: jax.Array, routing: Routing, rows: int, results: int, by_slot: bool, interpret: Any, cores: int, estimate: Estimate
+    x: jax.Array, routing: Routing, rows: int, results: int, by_slot: bool, vmem: int, interpret: Any, cores: int, estimate: Estimate
 ) -> jax.Array:
     tokens, width = routing.expert.shape[0], x.shape[1]
     found = pairs(routing, rows, by_slot)
@@ -97,9 +114,8 @@ def _move(
     slot = jnp.pad(routing.slot, (0, blocks * rows - tokens), constant_values=-1).reshape(blocks, 1, rows)
     if x.shape[0] < rows:
         x = jnp.pad(x, ((0, rows - x.shape[0]), (0, 0)))
-    columns = width // 2 if cores == 2 and width % 256 == 0 else width
-    while columns > MOST_COLUMNS and columns % 256 == 0:
-        columns //= 2
+    columns = _columns(width, rows, x.dtype.itemsize, vmem, cores)
+    takes = step_bytes(rows, columns, x.dtype.itemsize) * 9 // 8
     steps, fetches = estimate or (found.block.shape[0], found.block.shape[0])
 
     def read(step, place):
@@ -155,7 +171,9 @@ def _move(
             ],
             out_specs=pl.BlockSpec((rows, columns), lambda c, s, block, tile: (tile_of(s, tile) if by_slot else block_of(s, block), c)),
         ),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=takes if takes > LEAST_LIMIT else None
+        ),
         cost_estimate=pl.CostEstimate(
             flops=2 * steps * rows * rows * width, transcendentals=0, bytes_accessed=(fetches * rows + results) * width * x.dtype.itemsize
         ),

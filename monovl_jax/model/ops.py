@@ -34,6 +34,8 @@ class Ops:
     remat: what the backward pass of a layer recomputes: nothing, all but attention output, gate and up, or everything.
     implementation: of the routed layers (pallas_kernels.routed_swiglu): None takes the fastest that runs, the Pallas kernels on a TPU;
       'xla' or 'reference' does without them.
+    routed_swiglu: called as routed_swiglu(x, experts, routing, recomputed=...), where recomputed says that the layer keeps nothing for the
+      backward pass.
     constrain: called as constrain(array, kind) with kind 'tokens' | 'logits' | 'heads'; a mesh places arrays there.
     over_mesh: called as over_mesh(f, part), gives the function that computes f over a mesh; part is 'vision' | 'projector_in' |
       'projector_out' | 'embedding' | 'routing' | 'qkv' | 'attention' | 'out' | 'mlp' | 'nll' (`parallel.ops` says what lies where).

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import pallas_kernels
 from monovl_jax.config import RopeConfig
 from monovl_jax.inference.generate import abstract_model
 from monovl_jax.model import Ops, init_cache
+from monovl_jax.model.ops import Remat
 from tests.model.helpers import REFERENCE, SORTED, few_branches, logits, pack, random_params, sample, tiny_with
 from tests.quick import quick_jit
 
@@ -131,6 +133,20 @@ def test_remat_recomputes_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
         for remat in ("save_projections", "full")[: 3 - blocks]:
             added[remat, blocks] = matmuls(config, dataclasses.replace(SORTED, remat=remat)) - plain
     assert 0 < added["save_projections", 1] == added["save_projections", 2] < added["full", 1]
+
+
+@pytest.mark.parametrize("remat", ["none", "save_projections", "full"])
+def test_only_full_remat_makes_gate_and_up_apart_from_the_output(remat: Remat) -> None:
+    """Elsewhere the forward pass, which writes them, is not run again."""
+    said = []
+
+    def routed(*args, recomputed: bool, **options):
+        said.append(recomputed)
+        return pallas_kernels.routed_swiglu(*args, recomputed=recomputed, **options)
+
+    config, ops = tiny_with("ffn"), dataclasses.replace(REFERENCE, remat=remat, routed_swiglu=routed)
+    jax.make_jaxpr(loss_of(config, ops))(*abstract(config))
+    assert said and set(said) == {remat == "full"}
 
 
 def test_the_program_does_not_grow_with_depth() -> None:

@@ -127,6 +127,7 @@ def test_a_tile_of_few_rows_waits_for_its_weights() -> None:
     # the 1,025 lie in tiles of 512, 256 and 257, half of the second tile being empty: 4, 2 and 3 sub-blocks
     assert aot_tpu.waiting(900.0, 350.0, (1025,), 512, 512) == 150.0 + 50.0
     assert aot_tpu.waiting(900.0, 150.0, (1025,), 256, 512) == 50.0  # 2, 2, 2, none, 2 and 1
+    assert aot_tpu.waiting(900.0, 150.0, (1025,), 128, 512) == 9 * 50.0  # two tiles are empty
 
 
 @pytest.mark.parametrize("generation", aot_tpu.CHIPS)

@@ -133,10 +133,15 @@ def test_errors(ids: np.ndarray, message: str) -> None:
         make_routing(jnp.asarray(ids))
 
 
-@pytest.mark.parametrize("tile_rows", [-256, 300, 512])
+def test_at_least_one_expert() -> None:
+    with pytest.raises(ValueError, match="num_experts is 0; give at least 1"):
+        make_routing(jnp.zeros(8, jnp.int32), num_experts=0)
+
+
+@pytest.mark.parametrize("tile_rows", [-256, 1, 96, 300, 1536])
 def test_tile_rows_fill_a_block(tile_rows: int) -> None:
-    with pytest.raises(ValueError, match=rf"tile_rows is {tile_rows}; give 0, or an even divisor of the row multiple, 256"):
-        make_routing(jnp.zeros(8, jnp.int32), row_multiple=256, tile_rows=tile_rows)
+    with pytest.raises(ValueError, match=rf"tile_rows is {tile_rows}; give 0, or a power of two that divides the row multiple, 768"):
+        make_routing(jnp.zeros(8, jnp.int32), row_multiple=768, tile_rows=tile_rows)
 
 
 @pytest.mark.parametrize("bad", [-2, 2])

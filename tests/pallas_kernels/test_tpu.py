@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import Routing, api, make_routing, routed_linear, routed_swiglu, routing, tpu
@@ -194,18 +195,37 @@ def test_no_block_of_an_idle_expert_but_the_first_is_read(kind: str, monkeypatch
 
 
 @pytest.mark.parametrize("generation", ["v5p", "v6e"])
-@pytest.mark.parametrize("kind", LAYERS)
-def test_every_generation_computes_the_same(kind: str, generation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two cores, and results that are not read again; without a TPU the other tests take the v5e's."""
+@pytest.mark.parametrize(("kind", "recomputed"), [("linear", False), ("swiglu", False), ("swiglu", True)])
+def test_every_generation_computes_the_same(kind: str, recomputed: bool, generation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two cores, two kernels in place of one, and results that are not read again; without a TPU the other tests take the v5e's."""
     monkeypatch.setattr(api, "tpu_generation", lambda: generation)
     expert = jnp.asarray(MASKS["random"])
     x, weights, dy = make_inputs(kind, BIG)
 
     def run(x, weights, dy):
-        y, pull = jax.vjp(lambda x, w: layer(kind, x, w, make_routing(expert, row_multiple=32, tile_rows=32), "pallas_tpu"), x, weights)
+        routing = make_routing(expert, row_multiple=32, tile_rows=32)
+        y, pull = jax.vjp(lambda x, w: layer(kind, x, w, routing, "pallas_tpu", recomputed=recomputed), x, weights)
         return y, pull(dy)
 
     close(quick_jit(run)(x, weights, dy), compiled(kind, "reference")(x, weights, expert, dy), 1e-5)
+
+
+def test_one_buffer_where_two_leave_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "tpu_generation", lambda: "v5p")
+    takes = [tpu._reduced_bytes(4, WIDTHS[0], 6, 1, 5, True, buffers, 32, 128) for buffers in (1, 2)]
+    monkeypatch.setattr(tpu, "_budget", lambda generation: sum(takes) // 2)
+    expert = jnp.asarray(MASKS["random"])
+    x, weights, dy = make_inputs("swiglu", BIG)
+
+    def run(x, weights, dy):
+        routing = make_routing(expert, row_multiple=32, tile_rows=32)
+        y, pull = jax.vjp(lambda x, w: layer("swiglu", x, w, routing, "pallas_tpu"), x, weights)
+        return y, pull(dy)
+
+    (kernel,) = (k for k in kernels_of(run, x, weights, dy) if k["name"] == "routed_ffn_dx")
+    blocks = kernel["grid_mapping"].block_mappings
+    assert [b.pipeline_mode for b in blocks if b.pipeline_mode] == [pl.Buffered(1)] * 2, "dy and dx"
+    close(quick_jit(run)(x, weights, dy), compiled("swiglu", "reference")(x, weights, expert, dy), 1e-5)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -455,7 +475,13 @@ def test_a_tpu_takes_the_kernels_where_they_run(
         ((96, 128, 200), "float32", 16, True, r"\(128, 200\) must be multiples of 128; pad the weights"),
         ((96, *WIDTHS), "float16", 16, True, "float16; cast it to bfloat16 or float32"),
         ((96, *WIDTHS), "bfloat16", 8, True, "blocks of 24 rows, not a multiple of 16; give make_routing a row_multiple"),
-        ((96, 128, 128 * 2**16), "bfloat16", 16, True, "a width of 8388608 does not fit in VMEM"),
+        (
+            (96, 128, 128 * 2**16),
+            "bfloat16",
+            16,
+            True,
+            "rows of 8388608 bfloat16 numbers and 2 experts do not fit in VMEM; shard the layer",
+        ),
     ],
 )
 def test_a_choice_that_cannot_run(shape: tuple, dtype: str, row_multiple: int, interpret: bool, message: str) -> None:
@@ -467,6 +493,34 @@ def test_a_choice_that_cannot_run(shape: tuple, dtype: str, row_multiple: int, i
 
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(run, *(jax.ShapeDtypeStruct(s, t) for s, t in (((tokens, d), dtype), ((d, f), dtype), ((tokens,), "int32"))))
+
+
+@pytest.mark.parametrize(("kind", "experts"), [("linear", 2), ("swiglu", 2), ("swiglu", 4)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("chip", "generation"), [("TPU v5 lite", "v5e"), ("TPU v5p", "v5p"), ("TPU v9", "TPU v9")])
+def test_the_widest_layer_that_is_taken_has_tiles(
+    chip: str, generation: str, dtype: str, kind: str, experts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward and backward. One that is wider is left to XLA, not refused."""
+    monkeypatch.undo()
+    device = jax.sharding.AbstractDevice(device_kind=chip, num_cores=1, platform="tpu")
+    ids = jnp.zeros(512, jnp.int32)
+
+    def run(x, weights):
+        y, pull = jax.vjp(lambda x, w: layer(kind, x, w, make_routing(ids, experts), None), x, weights)  # type: ignore[arg-type]
+        return y, pull(y)
+
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("chip",), abstract_device=device)):
+        made = jax.eval_shape(lambda: make_routing(ids, experts))
+        fits = [
+            128 * n
+            for n in range(1, 1000)
+            if not tpu.unsupported(generation, made, (128 * n, 256), jnp.dtype(dtype), 3 if kind == "swiglu" else 1)
+        ]
+        assert 1024 <= fits[-1] == 128 * len(fits) < 128 * 999
+        x, k = jax.ShapeDtypeStruct((512, fits[-1]), dtype), jax.ShapeDtypeStruct((fits[-1], 256), dtype)
+        weights = [(k, k, jax.ShapeDtypeStruct(k.shape[::-1], dtype)) if kind == "swiglu" else (k, None)] * experts
+        assert kernels_of(run, x, weights)
 
 
 def test_one_expert_for_all_tokens_is_the_plain_layer() -> None:
@@ -582,3 +636,26 @@ def test_compiles_for(topology: str, tokens: int, run_python: Callable[..., str]
     )
     assert kernels == "9 2"
     assert int(temporaries) < 2**31
+
+
+ONE_BUFFER = """
+import jax, jax.numpy as jnp
+from pallas_kernels import make_routing, tpu
+from pallas_kernels.aot_tpu import array, compile_for, kernels_of
+
+def run(x, hidden, experts, ids):
+    return tpu.Tpu("v5p").swiglu_bwd(x, hidden, hidden, x, experts, make_routing(ids, row_multiple=512, tile_rows=0))[0]
+
+weights = (array(4096, 1024), array(4096, 1024), array(1024, 4096))
+args = (array(2048, 4096), array(2048, 1024), (weights, weights), array(1024, dtype=jnp.int32))
+(kernel,) = kernels_of(run, *args)
+print(sum(b.pipeline_mode is not None for b in kernel["grid_mapping"].block_mappings))
+compile_for("v5p:2x2x1", run, *args)
+"""
+
+
+@pytest.mark.slow
+def test_one_buffer_compiles_for_a_wide_layer(run_python: Callable[..., str]) -> None:
+    """Of a 7B model on a v5p."""
+    needs_libtpu()
+    assert run_python(ONE_BUFFER, timeout=1200, JAX_PLATFORMS="cpu").split()[-1] == "2"

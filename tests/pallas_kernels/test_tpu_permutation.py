@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from pallas_kernels import Routing, make_routing, routing, tpu_permutation
 from tests.quick import quick_jit
 
-ROWS, WIDTH = 16, 256
+ROWS, WIDTH, VMEM = 16, 256, 1 << 20
 
 
 @pytest.fixture(autouse=True)
@@ -28,8 +30,8 @@ def moved(cores: int):
 
     def run(x, y, expert):
         made = make_routing(expert, row_multiple=32, tile_rows=32)
-        kernels = tpu_permutation.to_slots(x, made, ROWS, True, cores), tpu_permutation.to_tokens(y, made, ROWS, True, cores)
-        return made, kernels, (routing.to_slots(x, made), routing.to_tokens(y, made))
+        kernels = (move(a, made, ROWS, VMEM, True, cores) for move, a in ((tpu_permutation.to_slots, x), (tpu_permutation.to_tokens, y)))
+        return made, tuple(kernels), (routing.to_slots(x, made), routing.to_tokens(y, made))
 
     return quick_jit(run)
 
@@ -88,18 +90,69 @@ def test_two_cores_move_the_same() -> None:
     check(*inputs(150, "bfloat16"), np.arange(150, dtype=np.int32) // 3 % 2, cores=2)
 
 
-def test_wide_rows_are_moved_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tpu_permutation, "MOST_COLUMNS", 128)
-    x, _ = inputs(150, "bfloat16")
-    expert = jnp.arange(150, dtype=jnp.int32) // 3 % 2
-    made = make_routing(expert, row_multiple=32, tile_rows=32)
+@pytest.mark.parametrize("by_slot", [True, False])
+def test_wide_rows_are_moved_in_parts(by_slot: bool) -> None:
+    x, y = inputs(150, "bfloat16")
+    made = make_routing(jnp.arange(150, dtype=jnp.int32) // 3 % 2, row_multiple=32, tile_rows=32)
+    half = tpu_permutation.step_bytes(ROWS, WIDTH // 2, 2)
+    move, gather, x = (tpu_permutation.to_slots, routing.to_slots, x) if by_slot else (tpu_permutation.to_tokens, routing.to_tokens, y)
 
-    def move(x):
-        return tpu_permutation.to_slots(x, made, ROWS, True)
+    def run(x):
+        return move(x, made, ROWS, half, True)
 
-    assert f"grid=({WIDTH // 128}," in str(jax.make_jaxpr(move)(x)).replace(" ", "")
-    keep = rows_of_tiles_with_tokens(made)
-    np.testing.assert_array_equal(quick_jit(move)(x)[keep], routing.to_slots(x, made)[keep])
+    assert "grid=(2," in str(jax.make_jaxpr(run)(x)).replace(" ", "")
+    keep = rows_of_tiles_with_tokens(made) if by_slot else slice(None)
+    np.testing.assert_array_equal(quick_jit(run)(x)[keep], gather(x, made)[keep])
+
+
+@pytest.mark.parametrize(
+    ("width", "fit", "cores", "columns"),
+    [
+        (2048, 2048, 1, 2048),
+        (2048, 2048, 2, 1024),
+        (128, 2048, 2, 128),
+        (4480, 4480, 2, 4480),  # 35 lanes of 128 do not halve
+        (4480, 4479, 1, 896),
+        (11008, 5504, 2, 5504),
+        (11008, 5503, 1, 256),
+        (5120, 2560, 1, 2560),
+    ],
+)
+def test_as_many_columns_as_fit_are_moved_at_once(width: int, fit: int, cores: int, columns: int) -> None:
+    assert tpu_permutation._columns(width, 256, 2, tpu_permutation.step_bytes(256, fit, 2), cores) == columns
+
+
+COMPILE = """
+import jax.numpy as jnp
+from pallas_kernels import make_routing, tpu
+from pallas_kernels.aot_tpu import array, compile_for
+
+def run(x, y, ids):
+    routing, backend = make_routing(ids, row_multiple=512, tile_rows=0), tpu.Tpu("{generation}")
+    return backend.to_slots(x, routing), backend.to_tokens(y, routing)
+
+compile_for("{topology}", run, *(array(n, {width}, dtype=jnp.{dtype}) for n in (1024, 2048)), array(1024, dtype=jnp.int32))
+print("compiled")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("topology", "width", "dtype"),
+    [
+        ("v5e:2x2", 4480, "bfloat16"),
+        ("v5e:2x2", 5120, "bfloat16"),
+        ("v5e:2x2", 18944, "bfloat16"),
+        ("v5e:2x2", 2560, "float32"),
+        ("v5p:2x2x1", 11008, "bfloat16"),
+        ("v6e:2x2", 11008, "float32"),
+    ],
+)
+def test_wide_rows_compile(topology: str, width: int, dtype: str, run_python: Callable[..., str]) -> None:
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed: pip install 'monovl_jax[aot]'")
+    code = COMPILE.format(topology=topology, generation=topology.split(":")[0], width=width, dtype=dtype)
+    assert run_python(code, timeout=600, JAX_PLATFORMS="cpu").split()[-1] == "compiled"
 
 
 @pytest.mark.parametrize("by_slot", [True, False])
