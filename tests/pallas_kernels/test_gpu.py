@@ -229,6 +229,14 @@ def test_a_choice_that_cannot_run(shape: tuple, dtype: str, row_multiple: int, o
         jax.eval_shape(run, *(jax.ShapeDtypeStruct(s, t) for s, t in (((tokens, d), dtype), ((d, f), dtype), ((tokens,), "int32"))))
 
 
+def test_slots_with_a_tpus_gaps_are_refused() -> None:
+    """The kernels would visit the empty tile, and not the last one."""
+    routing = make_routing(jnp.zeros(520, jnp.int32), row_multiple=512, tile_rows=512)
+    x, k = jax.ShapeDtypeStruct((520, 128), jnp.bfloat16), jax.ShapeDtypeStruct((128, 128), jnp.bfloat16)
+    with on_a_hopper(), pytest.raises(ValueError, match="made for a TPU's tiles of 512 rows; give make_routing tile_rows=0"):
+        jax.eval_shape(lambda x, k: routed_linear(x, (k, k), routing, implementation="pallas_gpu"), x, k)
+
+
 # ---- compiled for a chip nobody has here -----------------------------------------------------------------------------------------------
 
 
