@@ -14,6 +14,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 BEGIN, END = "<!-- tables: python -m experiments.readme -->", "<!-- end of tables -->"
 CHIPS = ("v5e", "v5p", "v6e")
 TOKENS = (4096, 16384)
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 BARS = {
     "forward": {4096: {"v5e": 1.12, "v5p": 1.12, "v6e": 1.18}, 16384: {"v5e": 1.08, "v5p": 1.08, "v6e": 1.12}},
@@ -30,8 +31,8 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ("---",) * len(head), *rows))
 
 
-def _static(chip: str, tokens: int) -> dict[str, Any] | None:
-    path = RESULTS / "kernels" / f"{chip}_{tokens}.json"
+def _static(chip: str, tokens: int, share: float = 0.5) -> dict[str, Any] | None:
+    path = RESULTS / "kernels" / (f"{chip}_{tokens}" + ("" if share == 0.5 else f"_visual{100 * share:.0f}") + ".json")
     return json.loads(path.read_text("utf-8")) if path.exists() else None
 
 
@@ -49,6 +50,16 @@ def ratios() -> str:
         rows.append((name, chip, f"{tokens:,}", shown[0], "-" if bar is None else f"{bar:.2f}", verdict, shown[1]))
     order = ("**missed**", "**no estimate**", "met", "")
     return _table(("pass", "chip", "tokens", "all", "bar", "", "kernels alone"), sorted(rows, key=lambda row: order.index(row[5])))
+
+
+def shares() -> str:
+    """Every pass of 4096 tokens over the shares of visual tokens, for the chips that have all."""
+    rows = []
+    for name, chip in itertools.product(BARS, CHIPS):
+        found = [_static(chip, TOKENS[0], share) for share in SHARES]
+        if all(found):
+            rows.append((name, chip, *(f"{result['ratios'][f'{name}: all']:.3f}" for result in found if result)))
+    return _table(("pass", "chip", *(f"{share:.0%}" for share in SHARES)), rows)
 
 
 def kernels() -> str:
@@ -88,14 +99,19 @@ def render() -> str:
     """The block between the markers: what there are results of."""
     sections = []
     if found := [result for tokens in TOKENS for chip in CHIPS if (result := _static(chip, tokens))]:
-        one = found[0]
+        one, most = found[0], found[-1]
         sections.append(f"""
 ### TPU, estimated
 
 The compiler's cycles at {one["width"]} -> {one["inner"]}, bfloat16, half of the tokens visual, as multiples of the dense layer's
 (jax {one["jax"]}, libtpu {one["libtpu"]}). "All" counts routing and the permutation of rows; "kernels alone" does not.
+Rows that are computed and hold no token: {one["padding"]:.1%} of {one["tokens"]:,} tokens, {most["padding"]:.1%} of {most["tokens"]:,}.
 
 {ratios()}
+
+"All" by the share of visual tokens, at 4,096 tokens (`--share 0.25`):
+
+{shares()}
 
 Thousands of cycles of each kernel at 4,096 tokens, and the VMEM it takes:
 

@@ -1,11 +1,11 @@
 """What the routed SwiGLU costs on a TPU by the compiler's own estimate of cycles, on a machine without one (needs libtpu).
 
-    python -m pallas_kernels.benchmark --static v6e:2x2 [--tokens 4096] [--out cycles.json]
+    python -m pallas_kernels.benchmark --static v6e:2x2 [--tokens 4096] [--share 0.5] [--out cycles.json]
 
-Half of the tokens are visual and one more, so that both experts end in a partly filled tile. The estimate waits for each copy as if it had
-the memory to itself, and a faster memory than the chip's: what a tile of few rows waits for its owner's weights is added, and a kernel
-counts with the time its bytes take at the chip's bandwidth if that is more. The floor is what the matmuls of the dense layer take,
-compiled one by one.
+Half of the tokens are visual and one more (or another share of them), so that both experts end in a partly filled tile. The estimate
+waits for each copy as if it had the memory to itself, and a faster memory than the chip's: what a tile of few rows waits for its owner's
+weights is added, and a kernel counts with the time its bytes take at the chip's bandwidth if that is more. The floor is what the matmuls
+of the dense layer take, compiled one by one.
 
 The estimator walks through every step of a kernel's grid, and needs 20 GB for the backward pass of 16,384 tokens. Above MOST_TOKENS
 what needs too much is compiled at two smaller sizes, two row tiles apart, and what a tile adds is counted as often as there are tiles.
@@ -82,9 +82,14 @@ def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def runs(tokens: int) -> jax.Array:
-    """int32[tokens]: pictures of 1, 3, 5, 7 and 13 tiles of 256 visual tokens, and as long texts, none of which begins with a block."""
-    lengths = (219, *(256 * tiles for tiles in (1, 1, 3, 3, 5, 5, 7, 7, 13, 13) * (1 + tokens // (2 * 29 * 256))))
+def runs(tokens: int, share: float = 0.5) -> jax.Array:
+    """int32[tokens]: pictures of 1, 3, 5, 7 and 13 tiles of 256 visual tokens, and texts so long that a share of the tokens is visual, none
+    of which begins with a block."""
+    if share in (0, 1):
+        return jnp.full((tokens,), int(share), jnp.int32)
+    text = round(256 * (1 - share) / share)
+    pair = tuple(part * tiles for tiles in (1, 3, 5, 7, 13) for part in (256, text))
+    lengths = (219, *pair * (1 + tokens // sum(pair)))
     return jnp.repeat(jnp.arange(len(lengths)) % 2, jnp.array(lengths), total_repeat_length=sum(lengths))[:tokens].astype(jnp.int32)
 
 
@@ -99,12 +104,12 @@ def moves_of(routing: Routing, rows: int) -> tuple[tuple[int, int], tuple[int, i
     return counted(True), counted(False)
 
 
-def kernel_cases(generation: str, tokens: int, width: int, inner: int) -> dict[str, tuple[Callable[..., Any], tuple]]:
+def kernel_cases(generation: str, tokens: int, width: int, inner: int, share: float = 0.5) -> dict[str, tuple[Callable[..., Any], tuple]]:
     """What is profiled, each alone, with its operands as parameters of the program. bfloat16."""
     multiple, tile_rows = rows_of(generation, tokens)
-    known = make_routing(runs(tokens), row_multiple=multiple, tile_rows=tile_rows)
+    known = make_routing(runs(tokens, share), row_multiple=multiple, tile_rows=tile_rows)
     moves = moves_of(known, tpu.Tpu(generation).move_rows(known))
-    backend = tpu.Tpu(generation, counts=halves(tokens), moves=moves)
+    backend = tpu.Tpu(generation, counts=of_each(tokens, share), moves=moves)
     x, weights = array(tokens, width), (array(width, inner), array(width, inner), array(inner, width))
     routing = jax.eval_shape(lambda e: make_routing(e, row_multiple=multiple, tile_rows=tile_rows), array(tokens, dtype=jnp.int32))
     slots = routing.source.shape[0]
@@ -166,9 +171,9 @@ def without_number(name: str) -> str:
     return re.sub(r"[.\d]+$", "", name)
 
 
-def profile(topology: str, case: str, tokens: int, width: int, inner: int) -> dict[str, float]:
+def profile(topology: str, case: str, tokens: int, width: int, inner: int, share: float = 0.5) -> dict[str, float]:
     """Cycles of each operation of a case. libtpu reads its flags once: a process profiles one case."""
-    f, args = all_cases(topology.split(":")[0], tokens, width, inner)[case]
+    f, args = all_cases(topology.split(":")[0], tokens, width, inner, share)[case]
     with _profiles() as folder:
         try:
             compile_for(topology, f, *args)
@@ -188,17 +193,19 @@ def profile(topology: str, case: str, tokens: int, width: int, inner: int) -> di
     return kernels  # what is copied around a kernel that is compiled alone is no part of it
 
 
-def vmem_of_case(topology: str, case: str, tokens: int, width: int, inner: int) -> dict[str, int]:
+def vmem_of_case(topology: str, case: str, tokens: int, width: int, inner: int, share: float = 0.5) -> dict[str, int]:
     """The bytes of VMEM that each kernel of a case takes, compiled as a user's program is: in a process that has not profiled."""
-    f, args = all_cases(topology.split(":")[0], tokens, width, inner)[case]
+    f, args = all_cases(topology.split(":")[0], tokens, width, inner, share)[case]
     return vmem_of_kernels(compile_for(topology, f, *args).as_text())
 
 
-def bounded(topology: str, case: str, cycles: dict[str, float], tokens: int, width: int, inner: int) -> dict[str, float]:
+def bounded(
+    topology: str, case: str, cycles: dict[str, float], tokens: int, width: int, inner: int, share: float = 0.5
+) -> dict[str, float]:
     """The cycles of `profile`, or those that the bytes of an operation take at the chip's bandwidth where they are more."""
     generation = topology.split(":")[0]
     clock, bandwidth = CHIPS[generation]
-    f, args = kernel_cases(generation, tokens, width, inner)[case]
+    f, args = kernel_cases(generation, tokens, width, inner, share)[case]
     moved: collections.Counter[str] = collections.Counter()
     waits = dict.fromkeys(cycles, 0.0)
     for kernel in kernels_of(f, *args):
@@ -207,7 +214,7 @@ def bounded(topology: str, case: str, cycles: dict[str, float], tokens: int, wid
         if name in READ_PER_TILE:
             weights = READ_PER_TILE[name] * width * inner * 2 * clock / bandwidth
             rows = kernel["out_avals"][0].shape[0] // kernel["grid_mapping"].grid[0]
-            waits[name] = waiting(cycles[name], weights, halves(tokens), rows, rows_of(generation, tokens)[1])
+            waits[name] = waiting(cycles[name], weights, of_each(tokens, share), rows, rows_of(generation, tokens)[1])
     return {name: max(count + waits[name], moved[name]) for name, count in cycles.items()}
 
 
@@ -217,9 +224,15 @@ def rows_of(generation: str, tokens: int) -> tuple[int, int]:
     return rows, rows if generation in TPU_HALF_FULL else 0
 
 
-def halves(tokens: int) -> tuple[int, int]:
-    """The tokens of each expert, in every case: both end in a partly filled tile."""
-    return tokens // 2 - 1, tokens // 2 + 1
+def of_each(tokens: int, share: float) -> tuple[int, int]:
+    """The tokens of each expert, in every case: where both have some, both end in a partly filled tile."""
+    visual = round(share * tokens) + (0 < share < 1)
+    return tokens - visual, visual
+
+
+def padding(tokens: int, share: float) -> float:
+    """How many rows without a token are computed in the parts of tiles that hold some, as a share of the tokens."""
+    return sum(-count % TPU_LEAST_ROWS for count in of_each(tokens, share)) / tokens
 
 
 def waiting(cycles: float, weights: float, counts: Sequence[int], rows: int, tile_rows: int) -> float:
@@ -275,9 +288,9 @@ def floor_cases(tokens: int, width: int, inner: int) -> dict[str, tuple[Callable
     }
 
 
-def all_cases(generation: str, tokens: int, width: int, inner: int) -> dict[str, tuple[Callable[..., Any], tuple]]:
+def all_cases(generation: str, tokens: int, width: int, inner: int, share: float = 0.5) -> dict[str, tuple[Callable[..., Any], tuple]]:
     """Everything that `profile` can be asked for, the floor first."""
-    return floor_cases(tokens, width, inner) | kernel_cases(generation, tokens, width, inner)
+    return floor_cases(tokens, width, inner) | kernel_cases(generation, tokens, width, inner, share)
 
 
 FORWARD = {"x up": 2, "h down": 1}
@@ -306,8 +319,11 @@ def dense_passes(cycles: dict[str, float]) -> dict[str, float]:
     }
 
 
-def report(topology: str, tokens: int, width: int, inner: int) -> dict[str, Any]:
-    """`profile` of every case, those of the floor first, each in a process that has CASE_SECONDS; and what follows from them."""
+def report(topology: str, tokens: int, width: int, inner: int, share: float = 0.5) -> dict[str, Any]:
+    """`profile` of every case, those of the floor first, each in a process that has CASE_SECONDS; and what follows from them.
+
+    Up to MOST_TOKENS where share is not 0.5: the line through two sizes is for a tile more of each expert.
+    """
     generation = topology.split(":")[0]
     found: dict[str, list[Any]] = {}
     vmem: dict[str, Any] = {}
@@ -317,14 +333,14 @@ def report(topology: str, tokens: int, width: int, inner: int) -> dict[str, Any]
             continue
         for size in compiled_tokens(generation, tokens, case):
             print(f"{topology}, {size} tokens: {case}", file=sys.stderr, flush=True)
-            found.setdefault(case, []).append(_in_process(topology, case, size, width, inner))
+            found.setdefault(case, []).append(_in_process(topology, case, size, width, inner, share))
         if not case.startswith(FLOOR):
-            vmem[case] = _in_process(topology, case, compiled_tokens(generation, tokens, case)[0], width, inner, "--vmem")
-    return record(topology, tokens, width, inner, found, vmem)
+            vmem[case] = _in_process(topology, case, compiled_tokens(generation, tokens, case)[0], width, inner, share, "--vmem")
+    return record(topology, tokens, width, inner, found, vmem, share)
 
 
-def _in_process(topology: str, case: str, tokens: int, width: int, inner: int, *flags: str) -> dict[str, Any] | str:
-    sizes = ["--tokens", str(tokens), "--width", str(width), "--inner", str(inner)]
+def _in_process(topology: str, case: str, tokens: int, width: int, inner: int, share: float, *flags: str) -> dict[str, Any] | str:
+    sizes = ["--tokens", str(tokens), "--width", str(width), "--inner", str(inner), "--share", str(share)]
     command = [sys.executable, "-m", "pallas_kernels.benchmark", "--static", topology, "--case", case, *sizes, *flags]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     try:
@@ -334,7 +350,9 @@ def _in_process(topology: str, case: str, tokens: int, width: int, inner: int, *
     return json.loads(child.stdout.splitlines()[-1]) if child.returncode == 0 else f"no estimate: {child.stderr.strip()[-300:]}"
 
 
-def record(topology: str, tokens: int, width: int, inner: int, found: dict[str, list[Any]], vmem: dict[str, Any]) -> dict[str, Any]:
+def record(
+    topology: str, tokens: int, width: int, inner: int, found: dict[str, list[Any]], vmem: dict[str, Any], share: float = 0.5
+) -> dict[str, Any]:
     """What is written of a report.
 
     found: by case, for each size of `compiled_tokens`, the result of `profile`, or a word on why there is none. vmem: by case,
@@ -351,7 +369,7 @@ def record(topology: str, tokens: int, width: int, inner: int, found: dict[str, 
         if case.startswith(FLOOR):
             floor |= made
         else:
-            cycles[case] = bounded(topology, case, made, tokens, width, inner)
+            cycles[case] = bounded(topology, case, made, tokens, width, inner, share)
     cycles["floor"] = dense_passes(floor)
     return {
         "topology": topology,
@@ -360,7 +378,8 @@ def record(topology: str, tokens: int, width: int, inner: int, found: dict[str, 
         "width": width,
         "inner": inner,
         "dtype": "bfloat16",
-        "visual share": 0.5,
+        "visual share": share,
+        "padding": round(padding(tokens, share), 4),
         **{name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
         "date": str(datetime.date.today()),
         "ratios": ratios(cycles),

@@ -1,7 +1,7 @@
 """What the routed SwiGLU costs against its floor, one dense SwiGLU of the same token count.
 
     python -m pallas_kernels.benchmark [--tokens 4096] [--width 2048] [--inner 8192] [--dtype bfloat16] [--out times.json]
-    python -m pallas_kernels.benchmark --static v6e:2x2 [--tokens 4096] [--out cycles.json]       # the estimate of aot_tpu.py
+    python -m pallas_kernels.benchmark --static v6e:2x2 [--tokens 4096] [--share 0.5] [--out cycles.json]     # the estimate of aot_tpu.py
     python -m pallas_kernels.benchmark --aot h100 [--tokens 4096] [--out gpu_aot.json]    # the report of aot_gpu.py
 
 The first times, on this machine's device, every implementation that runs there and grouped matmuls that are not ours (megablox on a TPU,
@@ -180,6 +180,7 @@ def main() -> None:
     parser.add_argument("--static", metavar="TOPOLOGY", help="v5e:2x2, v5p:2x2x1 or v6e:2x2: cycles by the compiler; needs no TPU")
     parser.add_argument("--aot", choices=("h100",), help="registers, spills and shared memory of the GPU kernels; needs no GPU")
     parser.add_argument("--case", help="with --static: profile this one alone, in this process")
+    parser.add_argument("--share", type=float, choices=SHARES, help="with --static: of visual tokens; 0.5 unless given")
     parser.add_argument("--vmem", action="store_true", help="with --case: what VMEM its kernels take, in place of their cycles")
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     a = parser.parse_args()
@@ -188,18 +189,23 @@ def main() -> None:
         return
     if a.static and a.static.split(":")[0] not in aot_tpu.CHIPS:
         parser.error(f"--static {a.static}: the chip must be one of {', '.join(aot_tpu.CHIPS)}, as in v5e:2x2")
+    if a.share is not None and not a.static:
+        parser.error("--share: without --static every share is measured")
+    share = 0.5 if a.share is None else a.share
     if a.vmem and not a.case:
         parser.error("--vmem: name the case whose VMEM is asked for, with --case")
     if a.case:
-        cases = aot_tpu.all_cases(a.static.split(":")[0], a.tokens, a.width, a.inner) if a.static else {}
+        cases = aot_tpu.all_cases(a.static.split(":")[0], a.tokens, a.width, a.inner, share) if a.static else {}
         if a.case not in cases:
             parser.error(f"--case {a.case}: with --static, one of {', '.join(cases) or 'its cases'}")
         jax.config.update("jax_platforms", "cpu")  # or JAX would start libtpu before it is told to write profiles
         ask = aot_tpu.vmem_of_case if a.vmem else aot_tpu.profile
-        print(json.dumps(ask(a.static, a.case, a.tokens, a.width, a.inner)))
+        print(json.dumps(ask(a.static, a.case, a.tokens, a.width, a.inner, share)))
         return
     if a.static:
-        result = aot_tpu.report(a.static, a.tokens, a.width, a.inner)
+        if share != 0.5 and a.tokens > aot_tpu.MOST_TOKENS:
+            parser.error(f"--share {share}: other shares than 0.5 are estimated for up to {aot_tpu.MOST_TOKENS:,} tokens")
+        result = aot_tpu.report(a.static, a.tokens, a.width, a.inner, share)
         print(json.dumps(result, indent=1))
     else:
         result = measure(a.tokens, a.width, a.inner, a.dtype, a.rounds)

@@ -106,6 +106,36 @@ def test_the_pairs_of_the_estimate_are_those_of_its_runs() -> None:
     assert aot_tpu.moves_of(routing, 256) == ((8, 7), (8, 7))
 
 
+@pytest.mark.parametrize("share", benchmark.SHARES)
+def test_the_estimate_of_a_share_of_visual_tokens(share: float) -> None:
+    expert = np.asarray(aot_tpu.runs(16384, share))
+    assert abs(expert.mean() - share) < 0.05 and len(expert) == 16384
+    text, visual = aot_tpu.of_each(4096, share)
+    assert text + visual == 4096 and 0 <= visual - 4096 * share <= 1
+    assert aot_tpu.padding(4096, share) == (0 if share in (0, 1) else 128 / 4096)
+    cases = aot_tpu.kernel_cases("v6e", 512, 256, 512, share)
+    for f, args in cases.values():
+        jax.eval_shape(f, *args)
+    assert aot_tpu.bounded("v6e:2x2", "forward", {"routed_ffn": 1e12}, 512, 256, 512, share) == {"routed_ffn": 1e12}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--vmem"], "name the case"),
+        (["--share", "0.25"], "without --static every share is measured"),
+        (["--static", "v6e:2x2", "--share", "0.25", "--tokens", "16384"], "are estimated for up to 4,096 tokens"),
+        (["--static", "v4:2x2"], "the chip must be one of v5e, v5p, v6e"),
+        (["--static", "v6e:2x2", "--case", "nothing"], "with --static, one of"),
+    ],
+)
+def test_flags_that_make_no_sense(flags: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr("sys.argv", ["benchmark", *flags])
+    with pytest.raises(SystemExit):
+        benchmark.main()
+    assert message in capsys.readouterr().err
+
+
 def test_a_kernel_takes_at_least_what_its_bytes_take() -> None:
     """On a v6e, 1.75 GHz and 1640 GB/s."""
     sizes = {"tokens": 4096, "width": 2048, "inner": 8192}
