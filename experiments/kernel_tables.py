@@ -52,6 +52,21 @@ def ratios() -> str:
     return _table(("pass", "chip", "tokens", "all", "bar", "", "kernels alone"), sorted(rows, key=lambda row: order.index(row[5])))
 
 
+def summary() -> str:
+    """The passes of most tokens, everything counted, in a line each."""
+    rows = []
+    for name in BARS:
+        found = [(_static(chip, TOKENS[-1]) or {}).get("ratios", {}).get(f"{name}: all") for chip in CHIPS]
+        rows.append((name, *("-" if ratio is None else f"{ratio:.3f}x" for ratio in found)))
+    return _table(("a routed FFN over a dense one", *CHIPS), rows)
+
+
+def cpu_ratio(what: str, share: float) -> float:
+    """Of the implementation that a CPU takes."""
+    records = json.loads((RESULTS / "kernels_cpu.json").read_text("utf-8"))["records"]
+    return next(r["ratio"] for r in records if (r["implementation"], r["pass"], r["share"]) == ("xla", what, share))
+
+
 def shares() -> str:
     """Every pass of 4096 tokens over the shares of visual tokens, for the chips that have all."""
     rows = []

@@ -108,6 +108,12 @@ def render() -> str:
         ("a train step with visual FFN experts", f"{ratio['ffn']:.2f}x the dense model without experts", bench),
         ("with attention experts too", f"{ratio['ffn+attention']:.2f}x", bench),
         *saved,
+        (
+            "a routed FFN, 75% of the tokens visual",
+            f"{kernel_tables.cpu_ratio('forward', 0.75):.2f}x a dense FFN forward, "
+            f"{kernel_tables.cpu_ratio('forward + backward, text frozen', 0.75):.2f}x forward and backward with the text expert frozen",
+            "`python -m pallas_kernels.benchmark --tokens 1024 --width 512 --inner 2048 --dtype float32`",
+        ),
         ("pictures to packed batches, one core", piped, "`python -m experiments.benchmarks.data`"),
         *converted,
         *asked,
@@ -126,7 +132,12 @@ Measured on two CPU cores with jax {demo["jax"]}; the files are in `experiments/
 
 {demo_table(demo)}
 
-{ablation_table()}"""
+{ablation_table()}
+Not measured but estimated, by the TPU's compiler: `python -m pallas_kernels.benchmark --static v6e:2x2 --tokens 16384` (2048 -> 8192,
+bfloat16, half of the tokens visual; routing and the order of the tokens are counted; more in [docs/kernels.md](docs/kernels.md)).
+
+{kernel_tables.summary()}
+"""
 
 
 def routing_gap() -> str:
