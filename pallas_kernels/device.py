@@ -5,7 +5,16 @@ from __future__ import annotations
 import jax
 
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")
-GENERATIONS = {"TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e", "TPU v6e": "v6e"}
+GENERATIONS = {
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+}
+"""By the kind of device: what a topology's name begins with. A tpu7x chip is two devices."""
 
 
 def device_kind() -> str:
@@ -15,7 +24,7 @@ def device_kind() -> str:
 
 
 def tpu_generation() -> str | None:
-    """'v5e', 'v5p' or 'v6e'; another TPU's own name; None where the device is no TPU."""
+    """'v5e', 'v5p', 'v6e' or 'tpu7x'; another TPU's own name; None where the device is no TPU."""
     kind = device_kind()
     return GENERATIONS.get(kind, kind) if kind.startswith("TPU") else None
 

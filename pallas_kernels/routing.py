@@ -27,12 +27,12 @@ from pallas_kernels.device import hopper_cores, tpu_generation
 BLOCKS = 16
 """A row count is rounded up to a sixteenth of the token count: two experts then waste less than an eighth of it."""
 
-TPU_ROWS = {"v5e": 512, "v5p": 512, "v6e": 1024}
+TPU_ROWS = {"v5e": 512, "v5p": 512, "v6e": 1024, "tpu7x": 512}
 """The most rows that a kernel's tile has on a TPU, by generation; 512 on others. A block is a multiple of the tile (docs/kernels.md)."""
 
-TPU_HALF_FULL = ("v5e", "v6e")
-"""The generations whose tiles are at least half full. A v5p reads the weights in a third of the time of a tile's products, and its two
-cores would share the tiles less evenly."""
+TPU_HALF_FULL = ("v5e", "v6e", "tpu7x")
+"""The generations whose tiles are at least half full. A tpu7x needs about as many operations a byte as a v5e. A v5p reads the weights in
+a third of the time of a tile's products, and its two cores would share the tiles less evenly."""
 
 TPU_LEAST_ROWS = 128
 """The rows of the smallest tile, and of the smallest part of a tile that is computed by itself."""

@@ -39,7 +39,7 @@ code of a tile of twice as many takes a third of the time to compile so, and 2% 
 MOVE_ROWS = 256
 """Rows that `tpu_permutation` moves at once: a multiple of TPU_LEAST_ROWS, so that every sub-block with a token is filled up with zeros."""
 
-VMEM = {"v5e": 116 << 20, "v5p": 58 << 20, "v6e": 116 << 20}
+VMEM = {"v5e": 116 << 20, "v5p": 58 << 20, "v6e": 116 << 20, "tpu7x": 58 << 20}
 """Bytes of VMEM for a kernel's blocks and the compiler's temporaries; 32 MiB on other generations. A tenth of the memory is XLA's."""
 
 TWO_CORES = ("v5p",)
@@ -150,7 +150,7 @@ class Place(NamedTuple):
 class Tpu:
     """The backend of `vjp`.
 
-    generation: 'v5e', 'v5p', 'v6e' or another TPU; chooses the tiles.
+    generation: 'v5e', 'v5p', 'v6e', 'tpu7x' or another TPU; chooses the tiles.
     interpret: False compiles; True or pltpu.InterpretParams runs the kernels on a CPU, for tests.
     counts: the tokens of each expert, where a program is compiled for one given routing: the benchmark's estimate of cycles.
     moves: of that routing, the `tpu_permutation.Estimate` into slot order, and back.

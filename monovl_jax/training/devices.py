@@ -19,6 +19,7 @@ PEAK_FLOPS: dict[str, float] = {
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
     "TPU v6e": 918e12,
+    "TPU7x": 1153.5e12,
     "NVIDIA A100": 312e12,
     "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H100 NVL": 835e12,
@@ -31,9 +32,9 @@ PEAK_FLOPS: dict[str, float] = {
 }
 """Dense bfloat16 FLOP/s of one device as jax counts devices, by the words that `device_kind` begins with; the longest entry counts.
 
-From the makers' own sheets: Google's Cloud TPU pages "TPU v3", "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e" (peak compute per chip; a v3
-chip is two devices), and NVIDIA's data sheets "A100 Tensor Core GPU", "H100 Tensor Core GPU", "H200 Tensor Core GPU", "L4", "L40S" and
-"DGX B200", whose figures with sparsity are halved. What is not here, CPUs among them, has no MFU."""
+From the makers' own sheets: Google's Cloud TPU pages "TPU v3", "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e" and "TPU7x" (peak compute per
+chip; a v3 and a TPU7x chip are two devices), and NVIDIA's data sheets "A100 Tensor Core GPU", "H100 Tensor Core GPU", "H200 Tensor Core
+GPU", "L4", "L40S" and "DGX B200", whose figures with sparsity are halved. What is not here, CPUs among them, has no MFU."""
 
 _TPU = {
     "xla_tpu_enable_latency_hiding_scheduler": True,
@@ -45,6 +46,7 @@ _TPU = {
 
 XLA_OPTIONS: dict[str, dict[str, Any]] = {
     "TPU": _TPU,
+    "TPU7x": _TPU,
     "NVIDIA": {"xla_gpu_enable_latency_hiding_scheduler": True},
 }
 """Options of the train step's compilation by the beginning of `device_kind`: collectives run beside the arithmetic."""

@@ -166,6 +166,7 @@ def test_an_unknown_expert_is_an_error_under_checkify(bad: int) -> None:
         ("TPU v6 lite", 65536, 4096, 69632, 1024),
         ("TPU v5 lite", 4096, 512, 4608, 512),
         ("TPU v5p", 4096, 512, 4608, 0),
+        ("TPU7x", 4096, 512, 4608, 512),
         ("TPU v9", 4096, 512, 4608, 0),
     ],
 )

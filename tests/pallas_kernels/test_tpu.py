@@ -497,7 +497,7 @@ def test_a_choice_that_cannot_run(shape: tuple, dtype: str, row_multiple: int, i
 
 @pytest.mark.parametrize(("kind", "experts"), [("linear", 2), ("swiglu", 2), ("swiglu", 4)])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize(("chip", "generation"), [("TPU v5 lite", "v5e"), ("TPU v5p", "v5p"), ("TPU v9", "TPU v9")])
+@pytest.mark.parametrize(("chip", "generation"), [("TPU v5 lite", "v5e"), ("TPU v5p", "v5p"), ("TPU7x", "tpu7x"), ("TPU v9", "TPU v9")])
 def test_the_widest_layer_that_is_taken_has_tiles(
     chip: str, generation: str, dtype: str, kind: str, experts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -627,7 +627,7 @@ print(len(names), sum("weight_gradient" in name for name in names))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tokens", [4096, 16384])
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 def test_compiles_for(topology: str, tokens: int, run_python: Callable[..., str]) -> None:
     """Forward and backward with the text expert frozen, at the 2B shapes: five kernels, two of them weight gradients, and four moves."""
     needs_libtpu()

@@ -324,6 +324,7 @@ def test_peaks_by_the_longest_name() -> None:
     )
     assert devices.peak_flops("NVIDIA H100 80GB HBM3") == 989e12 and devices.peak_flops("NVIDIA H100 PCIe") == 756e12
     assert devices.peak_flops("NVIDIA A100-SXM4-80GB") == 312e12 and devices.peak_flops("NVIDIA L40S") == 362e12
+    assert devices.peak_flops("TPU7x") == 1153.5e12 and devices.compiler_options("TPU7x") == devices.compiler_options("TPU v6 lite")
     assert devices.peak_flops("NVIDIA L40") is None  # not an L4
     assert devices.peak_flops("cpu") is None and devices.bytes_in_use() is None
 
