@@ -249,7 +249,7 @@ def compiler() -> dict[str, str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tokens", [4096, 16384])
-def test_compiles_for_an_h100(tokens: int, compiler: dict[str, str]) -> None:
+def test_an_h100_is_compiled_for(tokens: int, compiler: dict[str, str]) -> None:
     """At the 2B shapes, nothing spilled, all of it within the shared memory of a program. Seven kernels, one more under full remat, three
     more if text were trained."""
     programs = aot_gpu.report(tokens)["programs"]
@@ -284,7 +284,7 @@ for trained, frozen in (((ffn, ffn), None), (ffn, ffn)):
 
 
 @pytest.mark.slow
-def test_a_frozen_expert_has_no_weight_gradient(run_python: Callable[..., str], compiler: dict[str, str]) -> None:
+def test_a_frozen_expert_has_no_weight_gradient_when_compiled(run_python: Callable[..., str], compiler: dict[str, str]) -> None:
     """In a scan over layers under remat: three kernels fewer."""
     names = ("JAX_PLATFORMS", "PATH", "XLA_FLAGS")
     printed = run_python(FROZEN, **{name: compiler[name] for name in names})
