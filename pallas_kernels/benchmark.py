@@ -186,9 +186,6 @@ def main() -> None:
     parser.add_argument("--vmem", action="store_true", help="with --case: what VMEM its kernels take, in place of their cycles")
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     a = parser.parse_args()
-    if a.aot:
-        aot_gpu.show(a.tokens, a.width, a.inner, a.dtype, a.out)
-        return
     chips = TPU_ROWS if a.vmem else aot_tpu.CHIPS  # of a tpu7x the compiler makes programs, and no estimates
     if a.static and a.static.split(":")[0] not in chips:
         parser.error(f"--static {a.static}: the chip must be one of {', '.join(chips)}, as in v5e:2x2")
@@ -197,6 +194,9 @@ def main() -> None:
     share = 0.5 if a.share is None else a.share
     if a.vmem and not a.case:
         parser.error("--vmem: name the case whose VMEM is asked for, with --case")
+    if a.aot:
+        aot_gpu.show(a.tokens, a.width, a.inner, a.dtype, a.out)
+        return
     if a.case:
         cases = aot_tpu.all_cases(a.static.split(":")[0], a.tokens, a.width, a.inner, share) if a.static else {}
         if a.case not in cases:

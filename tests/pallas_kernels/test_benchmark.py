@@ -124,6 +124,7 @@ def test_the_estimate_of_a_share_of_visual_tokens(share: float) -> None:
     [
         (["--vmem"], "name the case"),
         (["--share", "0.25"], "without --static every share is measured"),
+        (["--aot", "h100", "--share", "0.25"], "without --static every share is measured"),
         (["--static", "v6e:2x2", "--share", "0.25", "--tokens", "16384"], "are estimated for up to 4,096 tokens"),
         (["--static", "v4:2x2"], "the chip must be one of v5e, v5p, v6e"),
         (["--static", "v6e:2x2", "--case", "nothing"], "with --static, one of"),
