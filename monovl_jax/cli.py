@@ -473,7 +473,7 @@ def convert(
 
 
 def checkpoints_ls(run_dir: Positional[str]) -> int:
-    """What lies in a run directory: every base, step checkpoint and final, with size.
+    """What lies in a run directory: every base, step checkpoint and final, with size. Exit code 1 when the record of one is damaged.
 
     Args:
         run_dir: of `monovl train`; a folder, or gs://...
@@ -482,12 +482,13 @@ def checkpoints_ls(run_dir: Positional[str]) -> int:
     from monovl_jax.training.store import RunError
 
     try:
-        for entry in checkpoints(run_dir):
-            print(entry.line())
+        entries = checkpoints(run_dir)
     except (RunError, OSError) as error:
         print(f"monovl checkpoints ls: {error}", file=sys.stderr)
         return 2
-    return 0
+    for entry in entries:
+        print(entry.line())
+    return 1 if any(entry.damage for entry in entries) else 0
 
 
 def checkpoints_verify(run_dir: Positional[str]) -> int:

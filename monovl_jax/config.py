@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from monovl_jax import jsontext
+
 Experts = Literal["none", "ffn", "ffn+attention"]
 RopeScaling = Literal["none", "linear", "dynamic"]
 PixelShuffle = Literal["v1", "v2"]
@@ -231,8 +233,8 @@ def config_from_json(text: str) -> ModelConfig:
     Absent fields take the upstream class defaults, not ours. Raises ConfigError naming the field for anything not supported.
     """
     try:
-        raw = json.loads(text)
-    except json.JSONDecodeError as error:
+        raw = jsontext.loads(text)
+    except jsontext.JsonError as error:
         raise ConfigError(f"config.json is not valid JSON: {error}") from None
     _require(isinstance(raw, dict), "config.json: expected an object at the top")
     for part in ("vision_config", "llm_config"):
@@ -320,7 +322,7 @@ def _rope_from_json(llm: dict[str, Any]) -> RopeConfig:
 
 def config_to_json(config: ModelConfig) -> str:
     """Writes the upstream `config.json`. Fields that we do not interpret are kept from the file that was read."""
-    raw = json.loads(config.upstream)
+    raw = jsontext.loads(config.upstream)
     vision, decoder = config.vision, config.decoder
     raw |= {
         "model_type": "internvl_chat",

@@ -240,8 +240,8 @@ def test_a_bad_field_is_named(path: str, value: Any) -> None:
         "hidden_size": "hidden.size",
         "min_dynamic_patch": "min 0",
         "max_dynamic_patch": "max 0",
-        "rope_theta": "rope.theta",
-        "rope_scaling": "rope_scaling|rope.factor",
+        "rope_theta": "rope.theta|NaN is no number",
+        "rope_scaling": "rope_scaling|rope.factor|NaN is no number",
     }
     name = path.rsplit(".", 1)[-1]
     with pytest.raises(ConfigError, match=ours.get(name, name)):

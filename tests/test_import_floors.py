@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # lowest first; the names of one line share a floor
 FLOORS = [
-    ["config", "pallas_kernels"],
+    ["config", "jsontext", "pallas_kernels"],
     ["model"],
     ["data", "parallel"],
     ["training", "inference", "convert"],

@@ -8,7 +8,6 @@ reads the result; a host of a mesh reads only the chunks that its slices touch.
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import math
 import shutil
@@ -24,6 +23,7 @@ import tensorstore as ts
 from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from monovl_jax import jsontext
 from monovl_jax.config import ModelConfig
 from monovl_jax.convert.arrays import FLOATS, STORED, cast, contiguous, stored_dtype
 from monovl_jax.convert.errors import WeightsError
@@ -180,7 +180,7 @@ def open_orbax(folder: str | Path) -> OrbaxFolder:
     """Looks at an Orbax checkpoint of one nested dict. Raises WeightsError when the folder is none."""
     folder = Path(folder).absolute()
     try:
-        flags = json.loads((folder / "_METADATA").read_text(encoding="utf-8"))
+        flags = jsontext.read(folder / "_METADATA")
         with ocp.StandardCheckpointer() as checkpointer:
             metadata: Any = checkpointer.metadata(folder)
         leaves = flatten(getattr(metadata, "item_metadata", metadata).tree)
@@ -236,7 +236,7 @@ def read_marker(folder: str | Path) -> dict[str, Any]:
     """`model.json` of an imported model. Raises WeightsError when it is absent, damaged, of another format, or files are missing."""
     path = Path(folder) / MARKER
     try:
-        marker = json.loads(path.read_text(encoding="utf-8"))
+        marker = jsontext.read(path)
         found = (marker["format"], marker["layout"])
     except FileNotFoundError:
         raise WeightsError(f"{folder} is no imported model: it has no {MARKER}; make one with `monovl convert import`") from None

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from monovl_jax import jsontext
 from monovl_jax.config import ModelConfig, read_config
 from monovl_jax.convert.arrays import FLOATS, stored_dtype
 from monovl_jax.convert.checkpoint import PARAMS, Source, leaf_dtypes, leaf_shapes, write_marker, write_params
@@ -31,7 +32,7 @@ def released_source(files: WeightFiles) -> Source:
 
 def with_dtype(config_json: str, dtype: np.dtype) -> str:
     """A `config.json` whose `torch_dtype` fields say `dtype`; those absent stay absent."""
-    raw = json.loads(config_json)
+    raw = jsontext.loads(config_json)
     for part in (raw, raw.get("llm_config"), raw.get("vision_config")):
         for key in ("torch_dtype", "dtype"):
             if isinstance(part, dict) and part.get(key) is not None:

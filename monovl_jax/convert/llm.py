@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from monovl_jax import jsontext
 from monovl_jax.config import ConfigError, DecoderConfig, config_from_json
 from monovl_jax.convert.arrays import FLOATS
 from monovl_jax.convert.weights import WeightFiles, compare, refuse
@@ -155,7 +156,7 @@ def open_llm(folder: str | Path) -> PlainLLM:
     folder = Path(folder)
     path = folder / "config.json"
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = jsontext.read(path)
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; give the folder of a language model") from None
     except (OSError, ValueError) as error:

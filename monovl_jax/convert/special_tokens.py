@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from monovl_jax import jsontext
 from monovl_jax.convert.errors import WeightsError
 from monovl_jax.data.tokenizer import Tokenizer
 
@@ -29,7 +30,7 @@ def _id_or_none(tokenizer: Tokenizer, name: str) -> int | None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return jsontext.read(path) if path.is_file() else {}
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:

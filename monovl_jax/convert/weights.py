@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from monovl_jax import jsontext
 from monovl_jax.config import ModelConfig
 from monovl_jax.convert.arrays import FLOATS, cast
 from monovl_jax.convert.errors import WeightsError
@@ -48,9 +48,9 @@ class WeightFiles:
         for single, index_name in _FORMATS:
             if (index_path := own_file(self.folder, index_name)) is not None:
                 try:
-                    index = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
+                    index = jsontext.read(index_path)["weight_map"]
                     shards = sorted(set(index.values()))
-                except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+                except (OSError, ValueError, KeyError, TypeError, AttributeError):
                     raise WeightsError(f"{index_path} is no index: expected a JSON object with `weight_map`") from None
                 return [self._shard(index_path, shard) for shard in shards], index
             if (path := own_file(self.folder, single)) is not None:
@@ -75,7 +75,7 @@ class WeightFiles:
                 pass
             with open(file, "rb") as stream:
                 size = int.from_bytes(stream.read(8), "little")
-                header = json.loads(stream.read(size), object_pairs_hook=_no_duplicates)
+                header = jsontext.loads(stream.read(size), unique_keys=True)
         except (SafetensorError, OSError, ValueError) as error:
             raise WeightsError(f"{file} is no readable safetensors file ({error}); download it again") from None
         data = np.memmap(file, np.uint8, mode="r", offset=0)[8 + size :]
@@ -108,13 +108,6 @@ class WeightFiles:
     def read(self, name: str) -> np.ndarray:
         """A tensor as it is stored; often a read-only view of the file."""
         return self._reader[name]()
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if twice := sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []:
-        raise ValueError(f"tensor {twice[0]!r} appears twice")
-    return dict(pairs)
 
 
 def _view(part: np.ndarray, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

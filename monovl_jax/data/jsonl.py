@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from monovl_jax import jsontext
 from monovl_jax.data.chat import Turn, parse_turns
 from monovl_jax.data.errors import SampleError
 from monovl_jax.data.images import MAX_PIXELS, recompress
@@ -61,8 +62,8 @@ def parse_line(raw: bytes) -> Record:
         where = f"byte {error.start + 1} is 0x{raw[error.start]:02x}"
         raise SampleError(f"the line is not UTF-8 ({where}); convert the file to UTF-8.") from None
     try:
-        entry = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        entry = jsontext.loads(text)
+    except jsontext.JsonError as error:
         raise SampleError(f"the line is not valid JSON ({error}); write one object per line.") from None
     if not isinstance(entry, dict):
         raise SampleError(f"the line holds a JSON {type(entry).__name__}; write one object per line.")
@@ -187,7 +188,7 @@ class JsonlSource:
         if cached.is_file():
             try:
                 with np.load(cached, allow_pickle=False) as arrays:
-                    bad = [tuple(entry) for entry in json.loads(bytes(arrays["bad"]).decode())]
+                    bad = [tuple(entry) for entry in jsontext.loads(bytes(arrays["bad"]))]
                     return _Index(arrays["offsets"], arrays["sizes"], arrays["lines"], arrays["lengths"], bad)
             except (OSError, ValueError, KeyError, EOFError):
                 pass  # a damaged cache is made anew

@@ -13,11 +13,11 @@ Source: Mono-InternVL internvl/train/finetune.py:585-640 (build_datasets); spec 
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from monovl_jax import jsontext
 from monovl_jax.data.pictures import is_tar_root, tar_shards
 
 EVERYTHING = "*"
@@ -82,10 +82,10 @@ def read_meta(path: str | Path) -> dict[str, DataSet]:
     path = Path(path)
     path = path / META if path.is_dir() else path
     try:
-        raw = json.loads(path.read_text(encoding="utf-8-sig"))
+        raw = jsontext.read(path)
     except FileNotFoundError:
         raise MetaError(f"{path} does not exist; give a JSON file that lists the data sets") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise MetaError(f"{path} cannot be read as JSON ({error}); correct the file") from None
     if not isinstance(raw, dict) or not raw:
         raise MetaError(f"{path} holds no data set; write an object {{name: {{root, annotation}}}}")

@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from monovl_jax import jsontext
 from monovl_jax.config import read_config
 from monovl_jax.data.chat import TEMPLATES
 from monovl_jax.data.errors import SampleError
@@ -379,11 +380,11 @@ def _prepare_set(data: DataSet, folder: Path, settings: TextSettings, samples_pe
 
 def _read_plan(path: Path) -> dict[str, Any]:
     try:
-        plan = json.loads(path.read_text(encoding="utf-8"))
+        plan = jsontext.read(path)
         if isinstance(plan, dict):
             return plan
         problem = f"a JSON {type(plan).__name__}"
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         problem = f"{type(error).__name__}: {error}"
     raise MetaError(f"{path} is damaged ({problem}); remove the folder {path.parent.parent} and run again")
 
@@ -405,7 +406,7 @@ def is_done(job: ShardJob) -> bool:
 
 def read_report(job: ShardJob) -> dict[str, Any]:
     path = job.folder / UNFINISHED / f"{shard_name(job.number)}.json"
-    return json.loads(path.read_text("utf-8", "surrogatepass"))
+    return jsontext.loads(jsontext.read_bytes(path).decode("utf-8", "surrogatepass"))
 
 
 def _run(jobs: Sequence[ShardJob], workers: int) -> Iterator[Report]:

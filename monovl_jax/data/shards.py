@@ -34,6 +34,7 @@ from typing import Any
 
 import numpy as np
 
+from monovl_jax import jsontext
 from monovl_jax.data.chat import IMAGE_CONTEXT, IMAGE_END, Encoded
 from monovl_jax.data.errors import SampleError
 from monovl_jax.data.images import MAX_PIXELS, load_image, recompress
@@ -83,12 +84,12 @@ class StoredSample:
             raise ValueError("it does not begin with the mark of a record")
         at = 8 + struct.unpack_from("<I", record, 4)[0]
         try:
-            entry = json.loads(record[8:at].decode("utf-8", "surrogatepass"))
+            entry = jsontext.loads(record[8:at].decode("utf-8", "surrogatepass"))
             count, images, line = entry["tokens"], entry["images"], entry["line"]
             sizes = [size for _, _, _, size in images]
             if any(not isinstance(n, int) or n < 0 for n in (count, line, *sizes)):
                 raise ValueError("a size is no whole number")
-        except (UnicodeDecodeError, KeyError, TypeError, RecursionError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"its header is damaged ({type(error).__name__})") from None
         packed = -(-count // 8)
         if at + 4 * count + packed + sum(sizes) != len(record):
@@ -198,11 +199,11 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / MANIFEST
     again = "run `monovl data prepare` again into a new folder"
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = jsontext.read(path)
         version, digest = manifest["format"], manifest["digest"]
     except FileNotFoundError:
         raise MetaError(f"{path} does not exist; run `monovl data prepare` to its end, or correct the path") from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise MetaError(f"{path} is no manifest of prepared data ({type(error).__name__}: {error}); {again}") from None
     if version != FORMAT:
         raise MetaError(f"{path} has format {version}, this version of monovl_jax reads {FORMAT}; {again}")
@@ -315,7 +316,7 @@ class PreparedSource:
     def _rejected(self) -> list[tuple[int, str, object]]:
         path = self.folder / REJECTED
         try:
-            entries = [json.loads(line) for line in path.read_bytes().splitlines()]
+            entries = [jsontext.loads(line) for line in jsontext.read_bytes(path).splitlines()]
             found = [(entry["line"], entry["reason"], entry.get("id")) for entry in entries]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise MetaError(f"{path} cannot be read ({type(error).__name__}: {error}); copy the folder again") from None

@@ -18,6 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
+from monovl_jax import jsontext
 from monovl_jax.data.chat import ChatTemplate, Encoded, Turn, encode_conversation, truncated
 from monovl_jax.data.errors import SampleError
 from monovl_jax.data.packing import Example
@@ -70,7 +71,7 @@ class BadSamples:
         listed = set()
         for line in self.path.read_bytes().splitlines():
             try:
-                entry = json.loads(line)
+                entry = jsontext.loads(line)
                 listed.add((entry["file"], entry["line"]))
             except (ValueError, KeyError, TypeError):
                 continue  # a line cut by a crash is only listed once more

@@ -20,6 +20,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from monovl_jax import jsontext
+
 FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -274,7 +276,7 @@ def _read_json(path: Path) -> dict:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = jsontext.read(path)
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}); copy it again.") from None
     if not isinstance(value, dict):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from monovl_jax import jsontext
 from monovl_jax.demo.materials import OPENMOJI_CREDIT
 from monovl_jax.demo.world import EvaluationItem
 
@@ -61,7 +61,7 @@ def read_log(run_dir: Path) -> dict[str, list[dict[str, Any]]]:
     """The rows of log.jsonl by stage, without skipped updates."""
     rows: dict[str, list[dict[str, Any]]] = {}
     for line in (run_dir / "log.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+        row = jsontext.loads(line)
         if row["loss"] is not None:
             rows.setdefault(row["stage"], []).append(row)
     return rows

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from monovl_jax import jsontext
 from monovl_jax.config import ConfigError, ModelConfig, read_config
 from monovl_jax.convert.key_table import tree_to_upstream
 from monovl_jax.convert.weights import WeightsError, load_weights
@@ -75,8 +75,8 @@ def _case_json(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        case = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        case = jsontext.read(path)
+    except (jsontext.JsonError, OSError) as error:
         raise UnknownCase(f"{path} is not valid JSON: {error}") from None
     if not isinstance(case, dict):
         raise UnknownCase(f"{path}: expected an object")

@@ -10,7 +10,6 @@ A check compares everything of one record; where a list has hundreds of records 
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from monovl_jax import jsontext
 from monovl_jax.data.chat import TEMPLATES, ChatTemplate, Role, Turn, build_prompt, encode_conversation, parse_turns
 from monovl_jax.data.errors import SampleError
 from monovl_jax.data.tiling import NORMALIZATION, TilingConfig, choose_grid, count_tiles, normalize, tile_image
@@ -76,7 +76,7 @@ def _guarded(folder: Path, name: str, run: Callable[[], list[Check]]) -> list[Ch
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return jsontext.read(path)
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}); record the case again.") from None
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from monovl_jax import jsontext
 from monovl_jax.config import ModelConfig
 from monovl_jax.data.errors import SampleError
 from monovl_jax.data.images import resolve_image_path
@@ -63,7 +64,7 @@ class Summary:
 def parse_job(text: str, line: int, image_root: Path) -> Job:
     """Reads one line. Raises SampleError for anything but what the head of this file shows, or an image outside `image_root`."""
     try:
-        entry = json.loads(text)
+        entry = jsontext.loads(text)
     except ValueError as error:
         raise SampleError(f"is not valid JSON ({error}); write one object a line.") from None
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or not entry["prompt"].strip():
@@ -88,7 +89,7 @@ def finished_ids(target: Path) -> set[str | int]:
     with open(target, "r+b") as file:
         for number, line in enumerate(file, 1):
             try:
-                entry: Any = json.loads(line) if line.endswith(b"\n") else None
+                entry: Any = jsontext.loads(line) if line.endswith(b"\n") else None
                 done.add(entry["id"])
             except (ValueError, TypeError, KeyError):
                 if file.read(1):

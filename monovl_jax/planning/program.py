@@ -23,6 +23,8 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from monovl_jax import jsontext
+
 LIBTPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -122,7 +124,7 @@ def program_key(text: str, options: Mapping[str, Any], devices: Sequence[Any]) -
 def _load(path: Path) -> Program | None:
     """What was kept; None when nothing is there, or nothing that can be read."""
     try:
-        kept = json.loads(gzip.decompress(path.read_bytes()))
+        kept = jsontext.loads(gzip.decompress(jsontext.read_bytes(path)))
         return Program(Memory(**kept["memory"]), str(kept["text"]), float(kept["seconds"]), cached=True)
     except (OSError, EOFError, ValueError, KeyError, TypeError):
         return None

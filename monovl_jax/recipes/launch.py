@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import json
 import logging
 import math
 import tempfile
@@ -24,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from monovl_jax import jsontext
 from monovl_jax.config import ConfigError, ModelConfig, config_to_json, read_config
 from monovl_jax.convert.checkpoint import PARAMS, is_imported, load_imported, read_marker
 from monovl_jax.convert.key_table import upstream_shapes
@@ -420,7 +420,7 @@ def check_same_data(run_dir: AnyPath, summary: Mapping[str, Any]) -> None:
     path = run_dir / DATA
     if not path.exists():
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = jsontext.read(path)
     for stage, rows in summary.items():
         for old, new in zip(before.get(stage, []), rows, strict=False):
             if (old["data_set"], old["samples"]) != (new["data_set"], new["samples"]):

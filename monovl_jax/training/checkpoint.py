@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import json
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -21,12 +20,13 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from monovl_jax import jsontext
 from monovl_jax.config import ModelConfig
 from monovl_jax.parallel.sharding import parameter_shardings
-from monovl_jax.training.files import AnyPath, is_remote, place, write_json
+from monovl_jax.training.files import AnyPath, canonical, is_intact, is_remote, place, sealed, write_json
 from monovl_jax.training.lora import merged
 from monovl_jax.training.stages import Recipe
-from monovl_jax.training.store import RunError, StageStore, abstract, saved_shapes
+from monovl_jax.training.store import DamagedError, RunError, StageStore, abstract
 from monovl_jax.training.trainable import TrainableError, Tree, check_tree, merge_trees, model_structure
 
 FORMAT = 1
@@ -42,24 +42,36 @@ def experiment(recipe: Recipe, identity: Mapping[str, Any] | None = None) -> dic
     identity: anything else that matters (compute dtype, fingerprints of data and of initial weights); JSON values. Mesh, checkpoint and log
     intervals are no part of it: they may change between two runs of the same experiment.
     """
-    body = json.loads(json.dumps({"recipe": dataclasses.asdict(recipe), "identity": dict(identity or {})}, allow_nan=False))
+    body = jsontext.loads(canonical({"recipe": dataclasses.asdict(recipe), "identity": dict(identity or {})}))
     upstream = body["recipe"]["model"].pop("upstream")
-    canonical = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return {"format": FORMAT, "digest": hashlib.sha256(canonical.encode()).hexdigest(), **body, "upstream": upstream}
+    return sealed({"format": FORMAT, "digest": _digest(body), **body, "upstream": upstream})
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(canonical({key: body[key] for key in ("recipe", "identity")})).hexdigest()
 
 
 def read_experiment(run_dir: str | AnyPath) -> dict[str, Any]:
-    """The `experiment.json` of a run. Raises RunError when the directory is no run, or is of another format."""
+    """The `experiment.json` of a run.
+
+    Raises RunError when the directory is no run or is of another format, DamagedError when the file is not as it was written.
+    """
     path = place(run_dir) / EXPERIMENT
+    fix = "Restore it from a copy, or give another run directory"
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = jsontext.read(path)
     except FileNotFoundError:
         raise RunError(f"{run_dir} is no run directory: it has no {EXPERIMENT}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RunError(f"{path} cannot be read ({error}); restore it, or delete the run directory") from None
+    except (OSError, jsontext.JsonError) as error:
+        raise DamagedError(f"{path} cannot be read ({error}). {fix}") from None
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-        found = raw.get("format") if isinstance(raw, dict) else raw
-        raise RunError(f"{path} has format {found!r}, this version reads {FORMAT}; use the version that wrote it, or another directory")
+        found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
+        raise RunError(f"{path} has format {str(found)[:40]}, this version reads {FORMAT}; use the version that wrote it")
+    for field, kind in (("digest", str), ("recipe", dict), ("identity", dict), ("upstream", str)):
+        if not isinstance(raw.get(field), kind):
+            raise DamagedError(f"{path} is damaged ({field} is {str(raw.get(field))[:40]!r}, not of type {kind.__name__}). {fix}")
+    if raw["digest"] != _digest(raw) or not is_intact(raw):
+        raise DamagedError(f"{path} is damaged (its contents do not fit its digest). {fix}")
     return raw
 
 
@@ -85,13 +97,14 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
 def claim_run(run_dir: str | AnyPath, wanted: Mapping[str, Any]) -> bool:
     """Makes a run directory for an experiment, or checks that it belongs to it. Returns whether it was there before.
 
+    What was written is compared as `read_recipe` reads it: a field that is newer than the run has its default there.
+
     Raises RunError when it belongs to another experiment (says what differs), or holds stages but no experiment.
     """
     run = place(run_dir)
     if (run / EXPERIMENT).exists():
-        found = read_experiment(run)
-        if found["digest"] != wanted["digest"] or differences(found, wanted):
-            what = differences(found, wanted) or ["its digest does not fit its own contents"]
+        found = experiment(read_recipe(run), read_experiment(run)["identity"])
+        if what := differences(found, wanted):
             more = f"; and {len(what) - 5} more" if len(what) > 5 else ""
             raise RunError(f"{run} holds another experiment: {'; '.join(what[:5])}{more}. Give another run directory, or delete {run}")
         return True
@@ -131,26 +144,50 @@ def run_lock(run_dir: str | AnyPath) -> Iterator[None]:
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:
-    """A dataclass (with nested ones, optional ones and tuples) of its JSON form."""
-    if isinstance(kind, types.UnionType):
-        if value is None:
-            return None
-        kind = next((k for k in typing.get_args(kind) if dataclasses.is_dataclass(k)), kind)
+    """The value of a type hint (dataclasses, unions, tuples, mappings, literals, plain types) from its JSON form. Raises DamagedError."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if isinstance(kind, types.UnionType) or origin is typing.Union:
+        chosen = next((k for k in inner if (k is type(None)) == (value is None)), None)
+        return None if value is None and type(None) in inner else _build(chosen, value, where)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        _require_type(dict, value, where)
         hints = typing.get_type_hints(kind)
         if unknown := sorted(set(value) - set(hints)):
             raise RunError(f"{where} has the unknown field {unknown[0]!r}; it was written by another version")
-        return kind(**{key: _build(hints[key], item, f"{where}.{key}") for key, item in value.items()})
-    if typing.get_origin(kind) is tuple:
-        return tuple(_build(typing.get_args(kind)[0], item, where) for item in value)
+        fields = {key: _build(hints[key], item, f"{where}.{key}") for key, item in value.items()}
+        try:
+            return kind(**fields)
+        except (TypeError, ValueError) as error:
+            raise DamagedError(f"{where} cannot be used ({error}); restore the file from a copy") from None
+    if origin is tuple:
+        _require_type(list, value, where)
+        kinds = inner[:1] * len(value) if inner[1:] == (...,) else inner
+        if len(kinds) != len(value):
+            raise DamagedError(f"{where} has {len(value)} entries, not {len(kinds)}; restore the file from a copy")
+        return tuple(_build(each, item, f"{where}[{i}]") for i, (each, item) in enumerate(zip(kinds, value, strict=True)))
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        _require_type(dict, value, where)
+        return {key: _build(inner[1], item, f"{where}.{key}") for key, item in value.items()}
+    if origin is typing.Literal:
+        if value not in inner:
+            raise DamagedError(f"{where} is {str(value)[:40]!r}, none of {', '.join(map(repr, inner))}; restore the file from a copy")
+        return value
+    _require_type((int, float) if kind is float else kind, value, where)
     return value
 
 
+def _require_type(kind: Any, value: Any, where: str) -> None:
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise DamagedError(f"{where} is {str(value)[:40]!r}, which is of another type than it should be; restore the file from a copy")
+
+
 def read_recipe(run_dir: str | AnyPath) -> Recipe:
-    """The recipe of a run."""
+    """The recipe of a run. Raises RunError (`read_experiment`), or DamagedError when it is none that this version can run."""
     raw = read_experiment(run_dir)
-    raw["recipe"]["model"]["upstream"] = raw.get("upstream", "{}")
-    return _build(Recipe, raw["recipe"], f"{place(run_dir) / EXPERIMENT}: recipe")
+    where = f"{place(run_dir) / EXPERIMENT}: recipe"
+    _require_type(dict, raw["recipe"].get("model"), f"{where}.model")
+    recipe = {**raw["recipe"], "model": {**raw["recipe"]["model"], "upstream": raw["upstream"]}}
+    return _build(Recipe, recipe, where)
 
 
 # ---- reading it back ---------------------------------------------------------------------------------------------------------------
@@ -171,7 +208,7 @@ def _check_model(tree: Any, config: ModelConfig, where: AnyPath) -> None:
 
 def final_target(folder: AnyPath, config: ModelConfig, mesh: Mesh | None = None) -> Tree:
     """The abstract tree of a `final`: shapes of the model, dtypes as they were saved; on the first device, or on a mesh by the rules."""
-    saved = saved_shapes(folder)
+    saved = StageStore(folder.parent.parent.parent, folder.parent.name).final_shapes()
     _check_model(saved, config, folder)
     return abstract(saved, _places(mesh)(model_structure(config).shapes))
 

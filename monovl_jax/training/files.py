@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import fsspec
 from etils import epath
+
+from monovl_jax import jsontext
+
+CHECKSUM = "checksum"
 
 AnyPath = Path | epath.Path
 """A folder or file: `pathlib` for a local one, `epath` for one in a bucket."""
@@ -30,6 +36,22 @@ def place(path: str | os.PathLike[str]) -> AnyPath:
     except (ImportError, ValueError) as error:
         raise OSError(f"{os.fspath(path)}: {error}") from None
     return epath.Path(path)
+
+
+def canonical(value: Any) -> bytes:
+    """The one spelling of a JSON value, for digests."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record with the checksum of everything in it, under `checksum`."""
+    body = jsontext.loads(canonical({key: value for key, value in record.items() if key != CHECKSUM}), allow_nan=True)
+    return {**body, CHECKSUM: hashlib.sha256(canonical(body)).hexdigest()}
+
+
+def is_intact(record: Mapping[str, Any]) -> bool:
+    """Whether a record is as it was sealed. Records of version 0.1.0 have no checksum, and pass."""
+    return CHECKSUM not in record or sealed(record)[CHECKSUM] == record[CHECKSUM]
 
 
 def write_json(path: AnyPath, value: Any) -> None:

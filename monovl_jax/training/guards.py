@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import math
 import socket
 import statistics
@@ -19,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from monovl_jax import jsontext
 from monovl_jax.training.files import AnyPath, write_json
 
 SPIKE_WINDOW, SPIKE_LEAST, SPIKE_WIDTH = 100, 20, 8.0
@@ -154,7 +154,7 @@ class Watchdog:
         found = []
         for index in range(1, self._count):
             try:
-                state = json.loads((self._folder / f"{index}.json").read_text(encoding="utf-8"))
+                state = jsontext.read(self._folder / f"{index}.json")
                 silent = time.time() - state["time"]
             except (OSError, ValueError, KeyError):
                 found.append(f"process {index} (never heard of)")

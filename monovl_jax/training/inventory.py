@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from monovl_jax.training.checkpoint import EXPERIMENT, read_recipe
 from monovl_jax.training.files import AnyPath, place, size_of
@@ -12,9 +13,9 @@ from monovl_jax.training.store import DROPPED, TEMPORARY, RunError, StageStore, 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One checkpoint. kind: base, step, final, or `leftover` of a kill, which the next start removes. step: of a step checkpoint.
+    """One checkpoint. kind: base, step, final, `leftover` of a kill, which the next start removes, or `experiment`. step: of a step.
 
-    leaves: arrays in it, 0 where no record tells. note: what a reader should know.
+    leaves: arrays in it, 0 where no record tells. note: what a reader should know. damage: why its record cannot be used.
     """
 
     stage: str
@@ -24,11 +25,13 @@ class Entry:
     size: int
     leaves: int
     note: str = ""
+    damage: str = ""
 
     def line(self) -> str:
         """For people."""
         what = f"step {self.step}" if self.step is not None else self.kind
-        return f"{self.stage:12s} {what:14s} {self.size / 1e6:12,.1f} MB {self.leaves or '?':>5} leaves  {self.note}".rstrip()
+        note = self.damage or self.note
+        return f"{self.stage:12s} {what:14s} {self.size / 1e6:12,.1f} MB {self.leaves or '?':>5} leaves  {note}".rstrip()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,49 +55,69 @@ def _stages(run_dir: str | AnyPath) -> list[StageStore]:
     run = place(run_dir)
     if not (run / EXPERIMENT).exists():
         raise RunError(f"{run} is no run directory: it has no {EXPERIMENT}; give the folder that `monovl train --run-dir` wrote")
-    stores = [StageStore(run, stage.name) for stage in read_recipe(run).stages]
-    return [store for store in stores if store.folder.exists()]
+    try:
+        names = [stage.name for stage in read_recipe(run).stages]
+    except RunError:  # `_experiment` tells of it
+        names = sorted(folder.name for folder in (run / "stages").iterdir()) if (run / "stages").is_dir() else []
+    return [store for name in names if (store := StageStore(run, name)).folder.is_dir()]
+
+
+def _experiment(run_dir: str | AnyPath) -> Entry:
+    path, damage = place(run_dir) / EXPERIMENT, ""
+    try:
+        read_recipe(run_dir)
+    except RunError as error:
+        damage = str(error)
+    return Entry("", "experiment", path, None, 0, 0, damage=damage)
 
 
 def _step(store: StageStore, step: int, latest: int | None) -> Entry:
-    path, note, leaves = store.step_folder(step), [], 0
+    path, note, leaves, damage = store.step_folder(step), [], 0, ""
     try:
-        meta = store.meta(step)
-        leaves = len(meta["leaves"])
-        base = store.base_record()
-        if base is None or base["digest"] != meta["base"]:
-            note.append("its base is not there")
-        if meta["stage"] != store.stage:
-            note.append(f"of stage {meta['stage']}")
-    except RunError:
-        note.append("its meta cannot be read")
+        leaves = len(store.check_step(step)["leaves"])
+    except RunError as error:
+        damage = str(error)
     if step == latest and not store.has_final():
         note.append("the run goes on here")
     if store.has_final():
         note.append("milestone")
-    return Entry(store.stage, "step", path, step, size_of(path), leaves, ", ".join(note))
+    return Entry(store.stage, "step", path, step, size_of(path), leaves, ", ".join(note), damage)
+
+
+def _record(read: Callable[[], dict[str, Any] | None]) -> tuple[dict[str, Any] | None, str]:
+    """(record, damage) of what `read` gives or raises."""
+    try:
+        return read(), ""
+    except RunError as error:
+        return None, str(error)
 
 
 def checkpoints(run_dir: str | AnyPath) -> list[Entry]:
-    """Every checkpoint of a run, by stage and step. Raises RunError when the directory is no run."""
-    entries = []
-    for store in _stages(run_dir):
-        if complete(store.base) or store.base_record() is not None:
-            record, steps = store.base_record(), store.all_steps()
+    """Every checkpoint of a run, by stage and step, and a damaged `experiment.json`. Raises RunError when the directory is no run."""
+    stores = _stages(run_dir)
+    entries = [entry for entry in [_experiment(run_dir)] if entry.damage]
+    for store in stores:
+        record, damage = _record(store.base_record)
+        if complete(store.base) or record is not None or damage:
             size = size_of(store.base) if store.base.exists() else 0
-            note = f"frozen leaves, needed by {len(steps)} steps" if record else "not complete"
-            entries.append(Entry(store.stage, "base", store.base, None, size, len(record["leaves"]) if record else 0, note))
+            note = f"frozen leaves, needed by {len(store.all_steps())} steps" if record else "not complete"
+            leaves = len(record["leaves"]) if record else 0
+            entries.append(Entry(store.stage, "base", store.base, None, size, leaves, note, damage))
         entries += [_step(store, step, store.latest()) for step in store.all_steps()]
         if store.has_final():
-            record = store.final_record()
+            record, damage = _record(store.final_record)
+            damage = damage or _record(store.trained)[1] or _record(store.record)[1]
             leaves = len(record["leaves"]) if record else 0
-            entries.append(Entry(store.stage, "final", store.final, None, size_of(store.final), leaves, "the model after the stage"))
+            note = "the model after the stage"
+            entries.append(Entry(store.stage, "final", store.final, None, size_of(store.final), leaves, note, damage))
         left = [*store.folder.glob(TEMPORARY), *store.folder.glob(f"{DROPPED}*"), *store.steps.glob(TEMPORARY), *store.steps.glob(DROPPED)]
         entries += [Entry(store.stage, "leftover", path, None, size_of(path), 0, "removed by the next start") for path in sorted(left)]
     return entries
 
 
 def _problems(store: StageStore, entry: Entry) -> list[str]:
+    if entry.damage:
+        return [entry.damage]
     try:
         if entry.kind == "step" and entry.step is not None:
             marks = store.check_step(entry.step)["leaves"]

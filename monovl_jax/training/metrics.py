@@ -33,6 +33,7 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from monovl_jax import jsontext
 from monovl_jax.training.files import AnyPath, is_remote, place
 
 LOG, EVENTS, EVALUATIONS = "log.jsonl", "events.jsonl", "evaluations.jsonl"
@@ -68,8 +69,8 @@ def read_log(path: str | AnyPath) -> list[Row]:
         return rows
     for line in path.read_bytes().decode("utf-8", errors="replace").splitlines():
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
+            row = jsontext.loads(line)
+        except jsontext.JsonError:
             continue
         if isinstance(row, dict) and "stage" in row and "step" in row:
             rows.append(row)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -26,12 +25,14 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
+from monovl_jax import jsontext
 from monovl_jax.config import ModelConfig
 from monovl_jax.training import fingerprint
-from monovl_jax.training.files import AnyPath, is_remote, place, remove_tree, write_json
+from monovl_jax.training.files import CHECKSUM, AnyPath, is_intact, is_remote, place, remove_tree, sealed, write_json
 from monovl_jax.training.trainable import TrainableError, Tree, check_tree
 
-STEP_FORMAT = 2
+STEP_FORMAT = 3
+"""3 has a checksum of the record; 2 has none, and is still read."""
 DROPPED = ".dropped"
 TEMPORARY = "*.orbax-checkpoint-tmp*"
 
@@ -94,9 +95,9 @@ def reading(path: AnyPath, mend: str) -> Iterator[None]:
     """Turns the ways in which a checkpoint can be unreadable into a DamagedError that names it."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, RunError):
-            raise
+    except (RunError, MemoryError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:  # Orbax and what lies below it answer damaged files with errors of every kind
         raise DamagedError(f"{path} is damaged ({_first_line(error)}). {mend}") from error
 
 
@@ -130,8 +131,25 @@ def load_part(path: AnyPath, target: Any) -> Any:
         return checkpointer.restore(path, args=ocp.args.PyTreeRestore(item=target, restore_args=arguments))
 
 
-def read_json(path: AnyPath) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+def read_record(path: AnyPath, fields: Mapping[str, type], fix: str) -> dict[str, Any]:
+    """A JSON object that `write_json` wrote, with these fields at least. Raises DamagedError when it is not what was written."""
+    with reading(path, fix):
+        record = jsontext.read(path, allow_nan=True)
+    check_record(record, fields, path, fix)
+    return {key: value for key, value in record.items() if key != CHECKSUM}
+
+
+def check_record(record: Any, fields: Mapping[str, type], path: AnyPath, fix: str) -> None:
+    """Raises DamagedError when a record lacks a field, has one of another type, or is not as it was sealed."""
+    if not isinstance(record, dict):
+        raise DamagedError(f"{path} is damaged (it holds a {type(record).__name__}, not an object). {fix}")
+    for field, kind in fields.items():
+        if not isinstance(record.get(field), kind) or isinstance(record.get(field), bool):
+            raise DamagedError(f"{path} is damaged ({field} is {str(record.get(field))[:40]!r}, not of type {kind.__name__}). {fix}")
+    if not all(isinstance(mark, str) for mark in record.get("leaves", {}).values()):
+        raise DamagedError(f"{path} is damaged (a fingerprint is no text). {fix}")
+    if not is_intact(record):
+        raise DamagedError(f"{path} is damaged (its contents do not fit its checksum). {fix}")
 
 
 def changed_leaves(tree: Any, marks: Mapping[str, str]) -> list[str]:
@@ -146,7 +164,7 @@ def damaged_leaves(path: AnyPath, marks: Mapping[str, str]) -> list[str]:
     """
     try:
         shapes = saved_shapes(path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # as in `reading`
         return [f"cannot be read ({_first_line(error)})"]
     leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
     names = list(fingerprint.paths(shapes))
@@ -158,7 +176,7 @@ def damaged_leaves(path: AnyPath, marks: Mapping[str, str]) -> list[str]:
         try:
             array = jax.tree.leaves(load_part(path, jax.tree.unflatten(structure, target)), is_leaf=lambda x: x is ocp.PLACEHOLDER)[number]
             (mark,) = fingerprint.fingerprints({name: array}).values()
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # as in `reading`
             wrong.append(f"{name} cannot be read ({_first_line(error)})")
             continue
         if marks.get(name) != mark:
@@ -230,32 +248,42 @@ class StageStore:
         return complete(self.final)
 
     def record(self) -> dict[str, Any] | None:
-        """What `finish` wrote; None while the stage is not done."""
-        return read_json(self.done) if self.done.exists() else None
+        """What `finish` wrote; None while the stage is not done. Raises DamagedError."""
+        fix = f"Delete {self.done} and run the same command again: the stage is evaluated once more"
+        return read_record(self.done, {}, fix) if self.done.exists() else None
 
     def trained(self) -> dict[str, Any]:
-        """What `save_final` recorded."""
-        return read_json(self.folder / "trained.json")
+        """What `save_final` recorded. Raises DamagedError."""
+        fix = f"Put it back from a copy, or delete {self.folder} to train the stage again"
+        return read_record(self.folder / "trained.json", {"steps": int}, fix)
 
     def base_record(self) -> dict[str, Any] | None:
-        """{"digest", "leaves"} of the base; None when there is no complete one."""
-        path = self.base.with_name("base.json")
-        if not path.exists():
-            return None
-        with reading(path, f"Delete {self.folder} to start the stage again"):
-            return read_json(path)
+        """{"digest", "leaves"} of the base; None when there is no complete one. Raises DamagedError."""
+        return self._leaves_record(self.base.with_name("base.json"), f"Delete {self.folder} to start the stage again")
 
     def final_record(self) -> dict[str, Any] | None:
-        """{"digest", "leaves"} of the final parameters; None for a run of an older version."""
-        path = self.final.with_name("final.json")
-        return read_json(path) if path.exists() else None
+        """{"digest", "leaves"} of the final parameters; None when nothing was recorded. Raises DamagedError."""
+        return self._leaves_record(self.final.with_name("final.json"), self._fix_final())
+
+    def _fix_final(self) -> str:
+        return f"Put {self.final} and final.json back from a copy, or delete {self.folder} to train the stage again"
+
+    def _leaves_record(self, path: AnyPath, fix: str) -> dict[str, Any] | None:
+        if not path.exists():
+            return None
+        record = read_record(path, {"digest": str, "leaves": dict}, fix)
+        if record["digest"] != fingerprint.digest(record["leaves"]):
+            raise DamagedError(f"{path} is damaged (its digest does not fit its leaves). {fix}")
+        if record.get("stage", self.stage) != self.stage:
+            raise DamagedError(f"{path} belongs to stage {record['stage']!r}, not to {self.stage!r}. {fix}")
+        return record
 
     # ---- the base
 
     def save_base(self, frozen: Tree) -> None:
         """Writes the frozen leaves, unless the same ones are there. Raises RunError when others are, which checkpoints need."""
         leaves = fingerprint.fingerprints(frozen)
-        record = {"digest": fingerprint.digest(leaves), "leaves": leaves}
+        record = sealed({"stage": self.stage, "digest": fingerprint.digest(leaves), "leaves": leaves})
         found = self.base_record()
         if found is not None and found["digest"] == record["digest"]:
             return
@@ -341,7 +369,7 @@ class StageStore:
         leaves = fingerprint.fingerprints(state)
         if self._asynchronous and jax.default_backend() == "cpu":
             state = jax.tree.map(jnp.copy, state)  # Orbax would write from the very buffers that the next step overwrites
-        record = {"format": STEP_FORMAT, "stage": self.stage, **meta, "step": step, "base": base["digest"], "leaves": leaves}
+        record = sealed({"format": STEP_FORMAT, "stage": self.stage, **meta, "step": step, "base": base["digest"], "leaves": leaves})
         self.wait()
         self._writing = step
         with self._saving():
@@ -376,14 +404,22 @@ class StageStore:
         with reading(folder, self._mend(step)):
             with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
                 meta = checkpointer.restore(folder / "meta")
-            if not isinstance(meta, dict) or not isinstance(meta.get("leaves"), dict) or meta.get("format") != STEP_FORMAT:
-                found = meta.get("format") if isinstance(meta, dict) else type(meta).__name__
-                raise DamagedError(f"{folder} has format {found!r}, this version reads {STEP_FORMAT}. {self._mend(step)}")
+        fields = {"format": int, "stage": str, "step": int, "base": str, "leaves": dict}
+        check_record(meta, fields, folder, self._mend(step))
+        if meta["format"] not in (2, STEP_FORMAT) or (meta["format"] == STEP_FORMAT and CHECKSUM not in meta):
+            raise DamagedError(f"{folder} has format {meta['format']!r}, this version reads 2 and {STEP_FORMAT}. {self._mend(step)}")
+        if meta["step"] != step:
+            raise DamagedError(
+                f"{folder} holds the checkpoint of step {meta['step']}, not of step {step}: it was renamed or swapped. "
+                f"Give it its own name back, or delete it"
+            )
         return meta
 
     def check_step(self, step: int) -> dict[str, Any]:
         """The meta of a step whose base is there. Raises RunError when it needs another base."""
         meta, folder = self.meta(step), self.step_folder(step)
+        if meta["stage"] != self.stage:
+            raise RunError(f"{folder} holds the optimizer state of stage {meta['stage']!r}, not of {self.stage!r}. {self._drop(step)}")
         base = self.base_record()
         if base is None or base["digest"] != meta["base"]:
             there = "there is none" if base is None else f"{self.base} has {base['digest'][:12]}"
@@ -399,8 +435,6 @@ class StageStore:
         Raises RunError when they do not fit (another config, stage or optimizer), DamagedError when its bits are not those written.
         """
         meta, folder = self.check_step(step), self.step_folder(step)
-        if meta["stage"] != self.stage:
-            raise RunError(f"{folder} holds the optimizer state of stage {meta['stage']!r}, not of {self.stage!r}. {self._drop(step)}")
         target = {"trainable": trainable, "opt_state": opt_state}
         want = {path: fingerprint.kind(leaf) for path, leaf in fingerprint.paths(target).items()}
         have = {path: mark.split(" ")[0] for path, mark in meta["leaves"].items()}
@@ -425,7 +459,8 @@ class StageStore:
             target["trainable"] = abstract(shapes["trainable"], places(shapes["trainable"]))
             trainable = load_part(folder / "state", target)["trainable"]
         self._check({"trainable": trainable}, meta["leaves"], folder, self._mend(step))
-        frozen = saved_shapes(self.base) if complete(self.base) else {}
+        with reading(self.base, f"Delete {self.folder} to start the stage again"):
+            frozen = saved_shapes(self.base) if complete(self.base) else {}
         return trainable, self.restore_base(abstract(frozen, places(frozen)))
 
     def _restore(self, path: AnyPath, target: Any, marks: Mapping[str, str] | None, mend: str, config: ModelConfig | None = None) -> Any:
@@ -458,15 +493,20 @@ class StageStore:
         self._sweep()
         with writing(self.final, safe):
             if jax.process_index() == 0:
-                write_json(self.folder / "trained.json", dict(record))
-                write_json(self.final.with_name("final.json"), {"digest": fingerprint.digest(leaves), "leaves": leaves})
+                write_json(self.folder / "trained.json", sealed(record))
+                final = {"stage": self.stage, "digest": fingerprint.digest(leaves), "leaves": leaves}
+                write_json(self.final.with_name("final.json"), sealed(final))
             save_tree(self.final, parameters)
 
     def restore_final(self, target: Tree, config: ModelConfig | None = None) -> Tree:
         """The parameters after the stage, placed as `target` says. Raises RunError, or DamagedError when they are not what was written."""
         record = self.final_record()
-        mend = f"Put {self.final} back from a copy, or delete {self.folder} to train the stage again"
-        return self._restore(self.final, target, None if record is None else record["leaves"], mend, config)
+        return self._restore(self.final, target, None if record is None else record["leaves"], self._fix_final(), config)
+
+    def final_shapes(self) -> Tree:
+        """The tree of the final parameters as ShapeDtypeStructs. Raises DamagedError."""
+        with reading(self.final, self._fix_final()):
+            return saved_shapes(self.final)
 
     def drop_steps(self) -> None:
         """Removes step checkpoints but milestones, and the base when none is left: a stage with a `final` is never continued."""
@@ -499,7 +539,7 @@ class StageStore:
     def finish(self, record: Mapping[str, Any]) -> None:
         """Marks the stage as done."""
         if jax.process_index() == 0:
-            write_json(self.done, dict(record))
+            write_json(self.done, sealed(record))
 
 
 __all__ = ["DamagedError", "DiskFullError", "RunError", "StageStore", "abstract", "damaged_leaves", "load_tree", "saved_shapes"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ from monovl_jax import cli
 from monovl_jax.config import ConfigError
 from monovl_jax.recipes.launch import find_start
 from monovl_jax.training import checkpoint, fingerprint
-from monovl_jax.training.files import place
+from monovl_jax.training.files import place, sealed
 from monovl_jax.training.inventory import checkpoints, verify
 from monovl_jax.training.metrics import RunLog, read_log
 from monovl_jax.training.store import DamagedError, DiskFullError, RunError, StageStore
@@ -305,6 +306,162 @@ def test_other_errors_of_a_disk_are_one_sentence(run: Path, monkeypatch: pytest.
             monkeypatch.setattr(manager, "save", refuse)
             with pytest.raises(kind, match=rf"{words}.*the checkpoint of step 6 is whole"):
                 store.save(8, *trained(8), META)
+
+
+# --- records --------------------------------------------------------------------------------------------------------------------------
+
+
+def change(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert text.count(old) >= 1
+    path.write_text(text.replace(old, new, 1))
+
+
+def test_a_digit_of_the_experiment_is_damage(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change(run / "experiment.json", "10000.0", "90000.0")
+    for read in (lambda: checkpoint.read_recipe(run), lambda: checkpoint.load_run(run), lambda: find_start(run)):
+        with pytest.raises(DamagedError, match=r"experiment\.json is damaged \(its contents do not fit its digest\)"):
+            read()
+    with pytest.raises(DamagedError):
+        checkpoint.claim_run(run, checkpoint.experiment(recipe()))
+    assert cli.checkpoints_verify(str(run)) == cli.checkpoints_ls(str(run)) == 1
+    out = capsys.readouterr().out
+    assert "FAIL" in out and "experiment.json" in out and out.count("PASS") == 3, "the checkpoints are still read"
+
+
+def test_the_kept_config_of_the_weights_is_under_a_checksum(tmp_path: Path) -> None:
+    model = dataclasses.replace(recipe().model, upstream='{"template": "internlm2-chat"}')
+    checkpoint.claim_run(tmp_path / "run", checkpoint.experiment(dataclasses.replace(recipe(), model=model)))
+    change(tmp_path / "run/experiment.json", "internlm2", "internlm3")
+    with pytest.raises(DamagedError, match="do not fit its digest"):
+        checkpoint.read_experiment(tmp_path / "run")
+
+
+def test_swapped_steps_are_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steps = run / "stages/S0/steps"
+    (steps / "4").rename(steps / "x")
+    (steps / "6").rename(steps / "4")
+    (steps / "x").rename(steps / "6")
+    for step, other in ((4, 6), (6, 4)):
+        with pytest.raises(DamagedError, match=rf"steps/{step} holds the checkpoint of step {other}, not of step {step}"):
+            restored(run, step)
+    assert cli.checkpoints_verify(str(run)) == 1
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["PASS", "FAIL", "FAIL"]
+
+
+def test_the_position_of_a_step_is_under_a_checksum(run: Path) -> None:
+    path = run / "stages/S0/steps/6/meta/metadata"
+    change(path, '"position": 7', '"position": 8')
+    with pytest.raises(DamagedError, match="do not fit its checksum"):
+        restored(run, 6)
+    change(path, '"position": 8', '"position": 7')
+    assert restored(run, 6)[2]["position"] == 7
+
+
+def test_steps_of_the_first_version_are_read(run: Path) -> None:
+    """Format 2 had no checksum; its step number is compared all the same."""
+    path = run / "stages/S0/steps/6/meta/metadata"
+    record = json.loads(path.read_text())
+    del record["checksum"]
+    path.write_text(json.dumps(record))
+    with pytest.raises(DamagedError, match="has format 3"):
+        restored(run, 6)
+    path.write_text(json.dumps(record | {"format": 2}))
+    assert same(restored(run, 6)[:2], trained(6))
+    path.write_text(json.dumps(record | {"format": 2, "step": 4}))
+    with pytest.raises(DamagedError, match="of step 4, not of step 6"):
+        restored(run, 6)
+
+
+DAMAGED_RECORDS = ["", "{}", "null", "[1]", '{"digest": 3, "leaves": {}}', '{"digest": "x", "leaves": {"a": 1}}', "[" * 9999, "\udcff"]
+
+
+@pytest.mark.parametrize("text", DAMAGED_RECORDS)
+@pytest.mark.parametrize("name", ["base.json", "final.json", "trained.json", "done.json"])
+def test_damaged_records_of_a_stage(run: Path, name: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if name == "done.json" and text.startswith("{"):
+        text = '{"checksum": "0"}'  # its fields are free, but for the checksum
+    with StageStore(run, "S0") as store:
+        store.save_final({"all": jnp.ones(3)}, {"steps": 6})
+        store.finish({"steps": 6})
+    (run / "stages/S0" / name).write_bytes(text.encode("utf-8", "surrogateescape"))
+    readers = {"base.json": store.base_record, "final.json": store.final_record, "trained.json": store.trained, "done.json": store.record}
+    with pytest.raises(DamagedError, match=rf"{name} is damaged"):
+        readers[name]()
+    assert cli.checkpoints_verify(str(run)) == cli.checkpoints_ls(str(run)) == 1
+    assert "PASS" in capsys.readouterr().out, "the rest is still read"
+
+
+@pytest.mark.parametrize("piece", ["_METADATA", "manifest.ocdbt", "d"])
+@pytest.mark.parametrize("where", ["base", "steps/6/state"])
+def test_missing_pieces_of_orbax_folders(run: Path, where: str, piece: str) -> None:
+    path = run / "stages/S0" / where / piece
+    if path.is_dir():
+        shutil.rmtree(path)
+    elif path.exists():
+        path.unlink()
+    if (where, piece) != ("base", "_METADATA"):  # that is only needed to learn the shapes
+        with pytest.raises(DamagedError, match=r"is damaged"):
+            StageStore(run, "S0").restore_base(target(FROZEN)) if where == "base" else restored(run, 6)
+    assert [bool(verdict.problems) for verdict in verify(run)] == [where == "base", False, where != "base"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("recipe", 7),
+        ("identity", []),
+        ("upstream", None),
+        ("digest", 5),
+        ("recipe.stages", {}),
+        ("recipe.stages", [3]),
+        ("recipe.model", "x"),
+        ("recipe.model.decoder.num_layers", "two"),
+        ("recipe.model.decoder.num_layers", True),
+        ("recipe.model.decoder.num_layers", -1),
+        ("recipe.model.decoder.experts", "all"),
+        ("recipe.stages.0.steps", 1.5),
+        ("recipe.stages.0.trainable", "x"),
+        ("recipe.stages.0.mixture", {"a": "b"}),
+        ("recipe.seed", None),
+    ],
+)
+def test_experiments_with_wrong_types(run: Path, field: str, value: Any) -> None:
+    """Also with a digest that fits: what somebody wrote by hand."""
+    record = json.loads((run / "experiment.json").read_text())
+    *path, last = field.split(".")
+    holder: Any = record
+    for key in path:
+        holder = holder[int(key)] if isinstance(holder, list) else holder[key]
+    holder[int(last) if isinstance(holder, list) else last] = value
+    if field != "digest" and isinstance(record["recipe"], dict):
+        record["digest"] = checkpoint._digest(record)
+    (run / "experiment.json").write_text(json.dumps(sealed(record)))
+    with pytest.raises(RunError, match=r"experiment\.json"):
+        checkpoint.read_recipe(run)
+
+
+SHIPPED = Path(__file__).parent / "shipped"
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("experiment_*.json")), ids=lambda path: path.stem)
+def test_experiments_of_the_first_version_go_on(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What version 0.1.0 wrote is claimed by the same recipe of this version, which may have fields that were not there then."""
+    (tmp_path / "run").mkdir()
+    shutil.copy(path, tmp_path / "run/experiment.json")
+    mine = checkpoint.read_recipe(tmp_path / "run")
+    identity = checkpoint.read_experiment(tmp_path / "run")["identity"]
+    assert checkpoint.claim_run(tmp_path / "run", checkpoint.experiment(mine, identity)) is True
+    with pytest.raises(RunError, match=r"stages\[\w+(\.\d)?\]\.steps is \d+ there"):
+        longer = dataclasses.replace(mine, stages=(dataclasses.replace(mine.stages[0], steps=9999), *mine.stages[1:]))
+        checkpoint.claim_run(tmp_path / "run", checkpoint.experiment(longer, identity))
+
+    # a field that does not exist yet
+    record = json.loads(path.read_text())
+    del record["recipe"]["stages"][0]["clip"], record["recipe"]["model"]["decoder"]["tie_embeddings"]
+    record["digest"] = checkpoint._digest(record)
+    (tmp_path / "run/experiment.json").write_text(json.dumps(record))
+    assert checkpoint.claim_run(tmp_path / "run", checkpoint.experiment(mine, identity)) is True
 
 
 # --- monovl checkpoints ---------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import pytest
 from monovl_jax.config import tiny
 from monovl_jax.training import checkpoint
 from monovl_jax.training.checkpoint import RunError, StageStore, load_run, read_experiment, read_recipe
+from monovl_jax.training.files import sealed
 from monovl_jax.training.loop import Prefetcher, TrainingError, train
 from monovl_jax.training.metrics import read_log, truncate_log
 from monovl_jax.training.stages import RecipeError
@@ -68,7 +69,7 @@ def test_a_run_from_start_to_end(straight: tuple) -> None:
     run, records, seen = straight
     assert list(records) == ["S0", "S1.1"] and records["S1.1"]["steps"] == 7 and records["S1.1"]["evaluation"] == {"leaves": 24}
     assert [(stage, step) for stage, step, _ in losses(run)] == [("S0", n) for n in (1, 2, 3)] + [("S1.1", n) for n in range(1, 8)]
-    assert json.loads((run / "stages/S1.1/done.json").read_text()) == records["S1.1"]
+    assert json.loads((run / "stages/S1.1/done.json").read_text()) == sealed(records["S1.1"])
     row = read_log(run / "log.jsonl")[-1]
     assert (
         row["loss"] == records["S1.1"]["loss"] and row["tokens"] == 4 * 18 and 0 <= row["data_wait"] <= 1 and row["tokens_per_second"] > 0
