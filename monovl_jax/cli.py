@@ -104,6 +104,9 @@ class SamplingOptions:
 
 Dtype = Literal["float32", "bfloat16"]
 
+MOST = 1 << 20
+"""Most rows of a batch, and most tokens of an answer."""
+
 
 def generate(
     *,
@@ -138,9 +141,13 @@ def generate(
     if (prompt is None) == (jsonl is None) or (jsonl is None) != (out is None) or (jsonl is not None and image):
         print("monovl generate: give --prompt (and --image), or --jsonl and --out", file=sys.stderr)
         return 2
+    for name, value in (("batch-size", batch_size), ("max-new-tokens", max_new_tokens)):
+        if not 1 <= value <= MOST:
+            print(f"monovl generate: --{name} is {value}; give a number from 1 to {MOST}", file=sys.stderr)
+            return 2
     try:
-        loaded, generator = _ready(model, stage, dtype)
         chosen = _sampling(sampling)
+        loaded, generator = _ready(model, stage, dtype)
         if prompt is not None:
             asked = loaded.prompt(prompt, list(image))
             print(loaded.answer(generator, [asked], max_new_tokens, chosen)[0])
@@ -201,9 +208,12 @@ def chat(
     from monovl_jax.inference.chat import Chat
     from monovl_jax.inference.conversation import Conversation
 
+    if not 1 <= max_new_tokens <= MOST:
+        print(f"monovl chat: --max-new-tokens is {max_new_tokens}; give a number from 1 to {MOST}", file=sys.stderr)
+        return 2
     try:
-        loaded, generator = _ready(model, stage, dtype)
         chosen = _sampling(sampling)
+        loaded, generator = _ready(model, stage, dtype)
     except (ValueError, OSError) as error:
         print(f"monovl chat: {error}", file=sys.stderr)
         return 2

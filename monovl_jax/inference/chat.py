@@ -11,12 +11,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from monovl_jax.data.errors import SampleError
 from monovl_jax.data.images import image_size
 from monovl_jax.inference.compiling import compile_seconds
 from monovl_jax.inference.conversation import Conversation
 from monovl_jax.inference.sampling import GREEDY, Sampling
-from monovl_jax.inference.session import ContextFull
 
 HELP = """[bold]/image PATH[/]  attach a picture to the next question (again for several)
 [bold]/reset[/]       forget the conversation
@@ -69,7 +67,7 @@ class Chat:
                         return
                 else:
                     self.answer(line)
-            except (SampleError, ContextFull, OSError) as error:
+            except (ValueError, OSError) as error:  # SampleError and ContextFull among them
                 self.console.print(f"[red]{escape(printable(str(error)))}[/]")
 
     def _line(self) -> str:

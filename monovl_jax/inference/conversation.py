@@ -24,6 +24,8 @@ from monovl_jax.inference.session import Session
 
 Picture = str | Path | Image.Image | np.ndarray
 BROKEN = "\ufffd"
+LONGEST_CHARACTER = 4
+"""Bytes of the longest character in UTF-8, each of which may be a token."""
 
 
 @runtime_checkable
@@ -43,25 +45,51 @@ class TextStream:
     """Ids in pieces to text in pieces. All pieces together are the decoded text without white space around it.
 
     A character of several bytes may take several tokens: its piece waits for the last of them. White space waits for what follows it.
+
+    A byte that is part of no character becomes U+FFFD. A decoder may take the good bytes around it for broken ones too, so what follows
+    the text told so far is then decoded by itself, and without the bytes that cannot become a character any more.
     """
 
     def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer, self._ids, self._told = tokenizer, [], ""
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []  # of the window that is decoded at once
+        self._told = ""  # of the window's text
+        self._told_ids = 0  # how many ids that text takes
+        self._first = True  # white space at the beginning of an answer is not told
 
     def feed(self, ids: np.ndarray) -> str:
         """The text that these ids complete; may be empty."""
-        self._ids += ids.tolist()
-        return self._tell(self._tokenizer.decode(self._ids).rstrip(BROKEN).strip())
+        pieces = []
+        for index in ids.tolist():
+            self._ids.append(index)
+            pieces.append(self._tell(LONGEST_CHARACTER))
+        return "".join(pieces)
 
     def end(self) -> str:
         """What is left when no more ids come."""
-        return self._tell(self._tokenizer.decode(self._ids).strip())
+        return self._tell(1)
 
-    def _tell(self, text: str) -> str:
-        if not text.startswith(self._told):
+    def _tell(self, patience: int) -> str:
+        """patience: how many ids may be no character together before the first of them is given up."""
+        whole = self._tokenizer.decode(self._ids)
+        text = whole.rstrip(BROKEN).rstrip()
+        text = text.lstrip() if self._first else text
+        if text.startswith(self._told) and (new := text[len(self._told) :]):
+            self._told, self._told_ids = text, len(self._ids)
+            return new
+        waiting = self._ids[self._told_ids :]
+        if len(waiting) < patience:
             return ""
-        new, self._told = text[len(self._told) :], text
-        return new
+        if not text.startswith(self._told):
+            self._restart(waiting)
+            return self._tell(patience)
+        if whole.endswith(BROKEN) and set(self._tokenizer.decode(waiting)) == {BROKEN}:
+            self._restart(waiting[1:])
+            return BROKEN + self._tell(patience)
+        return ""
+
+    def _restart(self, ids: list[int]) -> None:
+        self._ids, self._told, self._told_ids, self._first = ids, "", 0, False
 
 
 @dataclasses.dataclass(frozen=True)

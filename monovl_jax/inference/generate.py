@@ -245,13 +245,16 @@ class Generator:
         """Prefills a batch, in pieces if it is long: logits after its slot `last`, and the cache.
 
         room: slots of a new cache. cache: one to append to instead, with room for the batch.
+
+        Raises ValueError for a token that the model's vocabulary does not have, and for more tokens than its context takes.
         """
+        self._check(batch, key_length)
         if "tiles" not in batch:  # all text: the plain layers, which compile sooner
             batch = {k: v for k, v in batch.items() if k != "token_types"}
         cut, logits = pieces(batch, self.piece, self.config.vision.tokens_per_tile), None
         for number, part in enumerate(cut):
             width = part["tokens"].shape[1]
-            part |= {"last": np.int32(min(last, width - 1)), "key_length": np.int32(key_length)}
+            part = {**part, "last": np.int32(min(last, width - 1)), "key_length": np.int32(key_length)}
             last -= width
             if cache is None:
                 logits, begun = prefill(self.graphdef, self.params, part, ops=self.ops, room=room)
@@ -260,6 +263,19 @@ class Generator:
                 logits, cache = extend(self.graphdef, self.params, part, cache, ops=self.ops)
         assert cache is not None
         return logits, cache
+
+    def _check(self, batch: dict[str, np.ndarray], key_length: int) -> None:
+        decoder = self.config.decoder
+        if (largest := int(batch["tokens"].max())) >= decoder.vocab_size:
+            raise ValueError(
+                f"the prompt has the token id {largest}, and the model has a vocabulary of {decoder.vocab_size}; "
+                "its tokenizer is that of another model, or was given tokens that the model was not"
+            )
+        if key_length > decoder.max_position_embeddings and decoder.rope.scaling != "dynamic":
+            raise ValueError(
+                f"the prompt has {key_length} tokens, and the model takes {decoder.max_position_embeddings}; "
+                "shorten it, or give smaller images"
+            )
 
     def begin(self, logits: Any, cache: KVCache, lengths: np.ndarray, rules: Rules, columns: int) -> State:
         return begin(logits, cache, np.asarray(lengths, np.int32), rules, columns=columns, split=self.layers is not None)

@@ -61,6 +61,16 @@ def test_bytes_that_are_no_text_come_at_the_end() -> None:
     assert set(stream.end()) == {"\ufffd"}
 
 
+@pytest.mark.parametrize("broken", [b"\xe5", b"\xff\xfe", "好".encode()[:2]])
+@pytest.mark.parametrize("size", [1, 3, 50])
+def test_what_follows_a_broken_character_is_not_lost(broken: bytes, size: int) -> None:
+    """A ByteFallback decoder takes the good bytes before a broken one for broken too."""
+    data = "hi 好".encode() + broken + b" and the rest"
+    ids, stream = np.frombuffer(data, np.uint8).astype(np.int32), TextStream(bytes_tokenizer())
+    text = "".join([*(stream.feed(ids[at : at + size]) for at in range(0, len(ids), size)), stream.end()])
+    assert text.startswith("hi 好\ufffd") and text.endswith("\ufffd and the rest")
+
+
 # ---- conversations
 
 
