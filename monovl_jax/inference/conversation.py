@@ -52,10 +52,13 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self._ids: list[int] = []  # of the window that is decoded at once
-        self._told = ""  # of the window's text
-        self._told_ids = 0  # how many ids that text takes
         self._first = True  # white space at the beginning of an answer is not told
+        self._restart([])
+
+    def _restart(self, ids: list[int]) -> None:
+        self._ids = ids  # of the window that is decoded at once
+        self._told = ""  # of the window's text
+        self._good_ids, self._space = 0, ""  # how many ids are text and white space without doubt, and the white space that waits
 
     def feed(self, ids: np.ndarray) -> str:
         """The text that these ids complete; may be empty."""
@@ -72,24 +75,22 @@ class TextStream:
     def _tell(self, patience: int) -> str:
         """patience: how many ids may be no character together before the first of them is given up."""
         whole = self._tokenizer.decode(self._ids)
+        whole = whole.lstrip() if self._first else whole
         text = whole.rstrip(BROKEN).rstrip()
-        text = text.lstrip() if self._first else text
-        if text.startswith(self._told) and (new := text[len(self._told) :]):
-            self._told, self._told_ids = text, len(self._ids)
-            return new
-        waiting = self._ids[self._told_ids :]
-        if len(waiting) < patience:
+        grown = text[len(self._told) :] if text.startswith(self._told) else ""
+        if grown or (whole.startswith(self._told) and not whole.endswith(BROKEN)):
+            self._told, self._good_ids = text, len(self._ids)
+            self._space = whole[len(text) :] if not whole.endswith(BROKEN) else ""
+            return grown
+        broken, space = self._ids[self._good_ids :], self._space
+        if len(broken) < patience:
             return ""
+        self._first = False
         if not text.startswith(self._told):
-            self._restart(waiting)
-            return self._tell(patience)
-        if whole.endswith(BROKEN) and set(self._tokenizer.decode(waiting)) == {BROKEN}:
-            self._restart(waiting[1:])
-            return BROKEN + self._tell(patience)
-        return ""
-
-    def _restart(self, ids: list[int]) -> None:
-        self._ids, self._told, self._told_ids, self._first = ids, "", 0, False
+            self._restart(broken)
+            return space + self._tell(patience)
+        self._restart(broken[1:])
+        return space + BROKEN + self._tell(patience)
 
 
 @dataclasses.dataclass(frozen=True)
