@@ -233,14 +233,11 @@ def _ready(model: Path, stage: str | None, dtype: Dtype | None) -> tuple[Any, An
     import jax
     import jax.numpy as jnp
 
-    from monovl_jax.inference.compiling import compile_seconds
+    from monovl_jax.inference.compiling import compile_seconds, keep_programs
     from monovl_jax.model import Ops
     from monovl_jax.pretrained import from_pretrained
 
-    if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(Path(home) / "monovl_jax"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    keep_programs()
     compile_seconds()  # counts from here
     loaded = from_pretrained(model, stage)
     kind = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
@@ -248,10 +245,10 @@ def _ready(model: Path, stage: str | None, dtype: Dtype | None) -> tuple[Any, An
 
 
 def _tell_compiling() -> None:
-    from monovl_jax.inference.compiling import compile_seconds
+    from monovl_jax.inference.compiling import compile_seconds, kept_where
 
     if (seconds := compile_seconds()) > 1:
-        print(f"(compiling took {seconds:.1f} s; the next start reads it from disk)", file=sys.stderr)
+        print(f"(compiling took {seconds:.1f} s; {kept_where()})", file=sys.stderr)
 
 
 def train(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from monovl_jax.data.images import image_size
-from monovl_jax.inference.compiling import compile_seconds
+from monovl_jax.inference.compiling import compile_seconds, kept_where
 from monovl_jax.inference.conversation import Conversation
 from monovl_jax.inference.sampling import GREEDY, Sampling
 
@@ -112,7 +113,7 @@ class Chat:
             self.images = []
             spent = compile_seconds() - compiled
             if spent > 0.5:
-                self.console.print(f"[dim]compiled for {spent:.1f} s; kept for the next time where a cache folder is set[/]")
+                self.console.print(f"[dim]compiled for {spent:.1f} s; {escape(kept_where())}[/]")
             while piece:
                 self.console.print(printable(piece), end="", markup=False, highlight=False, soft_wrap=True)
                 piece = next(stream, "")
@@ -122,15 +123,25 @@ class Chat:
             self.images = []
             self.console.print("\n[dim](stopped)[/]")
 
+    def _beside(self, path: Path, image: Path, number: int) -> str:
+        """The name of an image for a file at `path`: relative to its folder, into which an image from elsewhere is copied."""
+        folder = path.parent.resolve()
+        if image.resolve().is_relative_to(folder):
+            return image.resolve().relative_to(folder).as_posix()
+        copy = folder / f"{path.stem}_images" / f"{number}{image.suffix}"
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(image, copy)
+        return copy.relative_to(folder).as_posix()
+
     def save(self, path: Path) -> None:
-        """Writes the conversation; refuses to replace a file."""
+        """Writes the conversation, with its images beside it; refuses to replace a file."""
         if path.exists():
             self.console.print(f"[red]{escape(str(path))} exists; give another name[/]")
             return
         turns, images = [], []
         for exchange in self.conversation.exchanges:
             turns += [{"from": "human", "value": exchange.question}, {"from": "gpt", "value": exchange.answer}]
-            images += exchange.images
+            images += [self._beside(path, Path(image), len(images) + i) for i, image in enumerate(exchange.images)]
         entry = {"conversations": turns} | ({"image": images} if images else {})
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:

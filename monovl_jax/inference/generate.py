@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -235,6 +236,14 @@ class Generator:
         self.params = jax.device_put({**params, "decoder": decoder})
         self.layers = split_layers(self.params["decoder"]["blocks"]) if jax.default_backend() == "cpu" else None
         self.stop_ids, self.pad_id = np.asarray(stop_ids, np.int32), np.int32(pad_id)
+
+    def fingerprint(self) -> str:
+        """A digest of the model: its config, the compute dtype, and numbers taken from all over each parameter."""
+        digest = hashlib.sha256(repr((self.config, jnp.dtype(self.ops.dtype).name)).encode())
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
+            sample = np.asarray(leaf.reshape(-1)[:: max(1, leaf.size // 256)])
+            digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode() + sample.tobytes())
+        return digest.hexdigest()[:16]
 
     def rules(self, sampling: Sampling, draws: Sequence[int]) -> Rules:
         return Rules(sampling.numbers(), row_keys(sampling.seed, np.asarray(draws)), self.stop_ids, self.pad_id)

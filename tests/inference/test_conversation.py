@@ -156,7 +156,7 @@ def test_a_chat(tmp_path: Path) -> None:
     for exchange in made.conversation.exchanges:
         assert printable(exchange.answer) in out
     saved = json.loads((tmp_path / "talk.json").read_text())
-    assert [t["from"] for t in saved["conversations"]] == ["human", "gpt"] * 2 and saved["image"] == [str(tmp_path / "a b.png")]
+    assert [t["from"] for t in saved["conversations"]] == ["human", "gpt"] * 2 and saved["image"] == ["a b.png"]
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
@@ -165,6 +165,15 @@ def test_a_saved_chat_is_training_data(tmp_path: Path) -> None:
 
     chat(["hello?", f"/save {tmp_path / 'talk.json'}"])
     assert [t.role for t in parse_turns(json.loads((tmp_path / "talk.json").read_text())["conversations"])] == ["user", "assistant"]
+
+
+def test_images_from_elsewhere_are_copied_beside_a_saved_chat(tmp_path: Path) -> None:
+    save_picture(tmp_path / "far/a.png")
+    (tmp_path / "near").mkdir()
+    chat([f"/image {tmp_path / 'far/a.png'}", "what?", f"/save {tmp_path / 'near/talk.json'}"])
+    (name,) = json.loads((tmp_path / "near/talk.json").read_text())["image"]
+    assert name == "talk_images/0.png"
+    assert (tmp_path / "near" / name).read_bytes() == (tmp_path / "far/a.png").read_bytes()
 
 
 def test_mistakes_in_a_chat(tmp_path: Path) -> None:
