@@ -104,6 +104,8 @@ class SamplingOptions:
 
 Dtype = Literal["float32", "bfloat16"]
 
+Step = int | Literal["latest"]
+
 MOST = 1 << 20
 """Most rows of a batch, and most tokens of an answer."""
 
@@ -118,6 +120,7 @@ def generate(
     image_root: Path | None = None,
     batch_size: int = 8,
     stage: str | None = None,
+    step: Step | None = None,
     max_new_tokens: int = 64,
     dtype: Dtype | None = None,
     sampling: SamplingOptions = SamplingOptions(),
@@ -132,7 +135,8 @@ def generate(
         out: where the answers to --jsonl are written, a line each as they come.
         image_root: folder of the pictures of --jsonl; that of the file by default.
         batch_size: prompts of --jsonl answered together.
-        stage: of a run directory, the stage whose model answers; the last one by default.
+        stage: of a run directory, the stage whose model answers; the last finished one by default.
+        step: of a run directory, also while it trains: a step checkpoint, or `latest` for what was saved last.
         max_new_tokens: longest answer.
         dtype: of the computation; float32 on CPU and bfloat16 elsewhere by default.
     """
@@ -147,7 +151,7 @@ def generate(
             return 2
     try:
         chosen = _sampling(sampling)
-        loaded, generator = _ready(model, stage, dtype)
+        loaded, generator = _ready(model, stage, step, dtype)
         if prompt is not None:
             asked = loaded.prompt(prompt, list(image))
             print(loaded.answer(generator, [asked], max_new_tokens, chosen)[0])
@@ -191,6 +195,7 @@ def chat(
     model: Positional[Path],
     *,
     stage: str | None = None,
+    step: Step | None = None,
     max_new_tokens: int = 512,
     dtype: Dtype | None = None,
     sampling: SamplingOptions = SamplingOptions(),
@@ -199,7 +204,8 @@ def chat(
 
     Args:
         model: a run directory (runs/demo), an imported model, or a folder in the released layout.
-        stage: of a run directory, the stage whose model answers; the last one by default.
+        stage: of a run directory, the stage whose model answers; the last finished one by default.
+        step: of a run directory, also while it trains: a step checkpoint, or `latest` for what was saved last.
         max_new_tokens: longest answer.
         dtype: of the computation; float32 on CPU and bfloat16 elsewhere by default.
     """
@@ -213,7 +219,7 @@ def chat(
         return 2
     try:
         chosen = _sampling(sampling)
-        loaded, generator = _ready(model, stage, dtype)
+        loaded, generator = _ready(model, stage, step, dtype)
     except (ValueError, OSError) as error:
         print(f"monovl chat: {error}", file=sys.stderr)
         return 2
@@ -228,7 +234,7 @@ def _sampling(options: SamplingOptions) -> Any:
     return Sampling(**dataclasses.asdict(options))
 
 
-def _ready(model: Path, stage: str | None, dtype: Dtype | None) -> tuple[Any, Any]:
+def _ready(model: Path, stage: str | None, step: Step | None, dtype: Dtype | None) -> tuple[Any, Any]:
     """A loaded model and its generator; what they compile is kept on disk for the next time."""
     import jax
     import jax.numpy as jnp
@@ -239,7 +245,7 @@ def _ready(model: Path, stage: str | None, dtype: Dtype | None) -> tuple[Any, An
 
     keep_programs()
     compile_seconds()  # counts from here
-    loaded = from_pretrained(model, stage)
+    loaded = from_pretrained(model, stage, step)
     kind = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     return loaded, loaded.generator(Ops(dtype=jnp.dtype(kind).type))
 
@@ -396,6 +402,7 @@ def convert_export(
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     shard_gb: float = 5.0,
     stage: str | None = None,
+    step: Step | None = None,
 ) -> int:
     """An imported model or a training run to the released layout, for PyTorch.
 
@@ -405,10 +412,11 @@ def convert_export(
         dtype: of every tensor; as stored by default.
         shard_gb: largest file, in 10^9 bytes.
         stage: of a run, the stage whose model is written; the last finished one by default.
+        step: of a run, also while it trains: a step checkpoint, or `latest` for what was saved last.
     """
     from monovl_jax.pretrained import export
 
-    return _converted("export", lambda progress: export(src, dst, dtype, shard_gb, stage, progress=progress))
+    return _converted("export", lambda progress: export(src, dst, dtype, shard_gb, stage, step, progress=progress))
 
 
 def convert_init(

@@ -22,7 +22,7 @@ from monovl_jax.inference.generate import Generator
 from monovl_jax.inference.prompts import Prompt
 from monovl_jax.inference.sampling import GREEDY, Sampling
 from monovl_jax.model import Ops
-from monovl_jax.training.checkpoint import final_folder, load_run
+from monovl_jax.training.checkpoint import Step, final_folder, find_step, load_run, load_step
 
 IMAGE = "<image>"
 CONTEXT_TOKEN = "<IMG_CONTEXT>"
@@ -86,8 +86,10 @@ class Pretrained:
         return [self.tokenizer.decode(ids.tolist()).strip() for ids in generator(prompts, max_new_tokens, sampling=sampling)]
 
 
-def from_pretrained(path: str | Path, stage: str | None = None) -> Pretrained:
+def from_pretrained(path: str | Path, stage: str | None = None, step: Step | None = None) -> Pretrained:
     """Loads a run directory (after its last finished stage, or `stage`), an imported model, or a folder in the released layout.
+
+    step: of a run, which may be going on: a step checkpoint, or "latest" for what was saved last.
 
     A name like `OpenGVLab/Mono-InternVL-2B` that is no folder here is downloaded from the Hugging Face hub when the extra `hf` is
     installed: safetensors, JSON and tokenizer files only, never code or pickles.
@@ -98,13 +100,18 @@ def from_pretrained(path: str | Path, stage: str | None = None) -> Pretrained:
     if not folder.is_dir():
         folder = _download(str(path))
     if (folder / "experiment.json").is_file():
-        config, params = load_run(folder, stage)
+        config, params = load_run(folder, stage, step=step)
         return Pretrained(config, params, Tokenizer.from_folder(folder), folder)
-    if stage is not None:
-        raise ConfigError(f"{folder} is a model folder, not a run; it has no stage {stage!r}")
+    _refuse_stage(folder, stage, step)
     config = read_config(folder)
     params = load_imported(folder, config) if is_imported(folder) else load_weights(folder, config)
     return Pretrained(config, params, Tokenizer.from_folder(folder), folder)
+
+
+def _refuse_stage(folder: Path, stage: str | None, step: Step | None) -> None:
+    if stage is not None or step is not None:
+        what = f"stage {stage!r}" if stage is not None else f"step {step}"
+        raise ConfigError(f"{folder} is a model folder, not a run; it has no {what}")
 
 
 def _download(name: str) -> Path:
@@ -124,16 +131,28 @@ def _download(name: str) -> Path:
 
 
 def export(
-    src: str | Path, dst: str | Path, dtype: str | None = None, shard_gb: float = 5.0, stage: str | None = None, **options: Any
+    src: str | Path,
+    dst: str | Path,
+    dtype: str | None = None,
+    shard_gb: float = 5.0,
+    stage: str | None = None,
+    step: Step | None = None,
+    **options: Any,
 ) -> Path:
     """Writes an imported model, or a run after `stage` (its last finished one by default), in the released layout; returns `dst`.
+
+    step: of a run, which may be going on: a step checkpoint (held in memory), or "latest" for what was saved last.
 
     dtype, shard_gb, progress: see `convert.exporter.export_params`. Raises ConfigError, WeightsError or RunError.
     """
     src = Path(src)
     if not (src / "experiment.json").is_file():
-        if stage is not None:
-            raise ConfigError(f"{src} is a model folder, not a run; it has no stage {stage!r}")
+        _refuse_stage(src, stage, step)
         return export_model(src, dst, dtype, shard_gb, **options)
+    if step is not None:
+        stage, number = find_step(src, stage, step)
+        if number is not None:
+            config, params = load_step(src, stage, number)
+            return export_tree(params, config, src, dst, dtype, shard_gb, **options)
     config, final = final_folder(src, stage)
     return export_params(Path(final), config, src, dst, dtype, shard_gb, **options)

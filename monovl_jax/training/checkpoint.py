@@ -15,7 +15,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.sharding import Mesh, SingleDeviceSharding
@@ -228,20 +228,49 @@ def final_folder(run_dir: str | AnyPath, stage: str | None = None) -> tuple[Mode
         which = "no stage" if stage is None else f"stage {stage!r}"
         known = f"finished: {', '.join(finished) or 'none'}"
         raise RunError(
-            f"{run_dir}: {which} {'has finished yet' if stage is None else 'has not finished'}; {known}. Rerun the command that trains it"
+            f"{run_dir}: {which} {'has finished yet' if stage is None else 'has not finished'}; {known}. "
+            "`--step latest` takes its last checkpoint; the command that trains it goes on"
         )
     return recipe.model, stores[chosen].final
 
 
-def load_run(run_dir: str | AnyPath, stage: str | None = None, mesh: Mesh | None = None) -> tuple[ModelConfig, Tree]:
-    """(config, parameters as a nested dict) of a run, after a stage.
+Step = int | Literal["latest"]
+"""A step checkpoint of a stage, or what was saved last."""
+
+
+def find_step(run_dir: str | AnyPath, stage: str | None, step: Step) -> tuple[str, int | None]:
+    """(stage, step) of a checkpoint; None in place of a step stands for the end of the stage.
+
+    stage: by default the last one that has saved something. Raises RunError when nothing is saved there; the run may be going on.
+    """
+    recipe = read_recipe(run_dir)
+    if stage is not None and stage not in [s.name for s in recipe.stages]:
+        raise RunError(f"{run_dir} has no stage {stage!r}; its stages: {', '.join(s.name for s in recipe.stages)}")
+    stores = {s.name: StageStore(run_dir, s.name) for s in recipe.stages if stage in (None, s.name)}
+    saved = [name for name, store in stores.items() if store.has_final() or store.latest() is not None]
+    if not saved:
+        raise RunError(f"{run_dir}: {'no stage' if stage is None else f'stage {stage!r}'} has saved a checkpoint yet; wait for the first")
+    if step != "latest":
+        return saved[-1], step
+    return saved[-1], None if stores[saved[-1]].has_final() else stores[saved[-1]].latest()
+
+
+def load_run(
+    run_dir: str | AnyPath, stage: str | None = None, mesh: Mesh | None = None, step: Step | None = None
+) -> tuple[ModelConfig, Tree]:
+    """(config, parameters as a nested dict) of a run, after a stage or in the middle of one.
 
     Args:
-      stage: by default the last one that has finished training.
+      stage: by default the last one that has finished training; with `step` the last one that has saved something.
       mesh: where to put them; by default on the first device.
+      step: of the stage, or "latest" for what was saved last; the end of the stage by default.
 
-    Raises RunError when the directory is no run or the stage has not finished, DamagedError when it is not what was written.
+    Raises RunError when the directory is no run or has no such checkpoint, DamagedError when it is not what was written.
     """
+    if step is not None:
+        stage, number = find_step(run_dir, stage, step)
+        if number is not None:
+            return load_step(run_dir, stage, number, mesh)
     config, final = final_folder(run_dir, stage)
     return config, StageStore(run_dir, final.parent.name).restore_final(final_target(final, config, mesh))
 

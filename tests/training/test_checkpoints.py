@@ -26,7 +26,8 @@ from monovl_jax.training.files import place, sealed
 from monovl_jax.training.inventory import checkpoints, verify
 from monovl_jax.training.metrics import RunLog, read_log
 from monovl_jax.training.store import DamagedError, DiskFullError, RunError, StageStore
-from tests.training.worlds import recipe
+from monovl_jax.training.trainable import split_tree
+from tests.training.worlds import plain_parameters, recipe
 
 ADAM = optax.adam(1e-3)
 FROZEN = {"text": jnp.asarray(np.random.default_rng(0).standard_normal((40, 30)), jnp.bfloat16)}
@@ -462,6 +463,32 @@ def test_experiments_of_the_first_version_go_on(path: Path, tmp_path: Path, monk
     record["digest"] = checkpoint._digest(record)
     (tmp_path / "run/experiment.json").write_text(json.dumps(record))
     assert checkpoint.claim_run(tmp_path / "run", checkpoint.experiment(mine, identity)) is True
+
+
+def test_the_checkpoints_of_a_run_that_goes_on(tmp_path: Path) -> None:
+    """Read by stage and step before any stage has finished, and by name what was saved last."""
+    run, wanted = tmp_path / "run", recipe()
+    first, second = (stage.name for stage in wanted.stages[:2])
+    checkpoint.claim_run(run, checkpoint.experiment(wanted))
+    with pytest.raises(RunError, match=r"no stage has saved a checkpoint yet; wait for the first"):
+        checkpoint.load_run(run, step="latest")
+    for stage in wanted.stages[:2]:
+        with StageStore(run, stage.name, asynchronous=False) as store:
+            for step in (2, 4):
+                trainable, frozen = split_tree(plain_parameters(wanted.model, step), wanted.trainable_paths(stage))
+                if step == 2:
+                    store.save_base(frozen)
+                store.save(step, trainable, {}, META)
+            if stage.name == first:
+                store.save_final(plain_parameters(wanted.model, 9), {"steps": 4})
+    assert checkpoint.find_step(run, None, "latest") == (second, 4) and checkpoint.find_step(run, first, "latest") == (first, None)
+    latest = checkpoint.load_run(run, step="latest")[1]
+    assert same(latest, checkpoint.load_run(run, second, step=4)[1]) and not same(latest, checkpoint.load_run(run, second, step=2)[1])
+    assert same(checkpoint.load_run(run, first, step="latest")[1], checkpoint.load_run(run)[1])
+    with pytest.raises(RunError, match=r"has no checkpoint of step 3; it has: 2, 4"):
+        checkpoint.load_run(run, step=3)
+    with pytest.raises(RunError, match=r"has no stage 'S9'"):
+        checkpoint.load_run(run, "S9", step="latest")
 
 
 # --- monovl checkpoints ---------------------------------------------------------------------------------------------------------------
