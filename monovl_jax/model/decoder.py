@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from monovl_jax.config import DecoderConfig
 from monovl_jax.model.attention import by_head, cached_attention
-from monovl_jax.model.layers import linear, rms_norm, swiglu
+from monovl_jax.model.layers import Adapted, Kernel, adapted_swiglu, linear, rms_norm, routed_linear, swiglu
 from monovl_jax.model.ops import Ops
 from monovl_jax.model.rope import Table, apply_rope, rope_table
 from pallas_kernels import Routing
@@ -107,19 +107,26 @@ class Blocks(nnx.Module):
         self.mlp = Experts(SwiGLU(config, rngs), SwiGLU(config, rngs) if config.experts != "none" else None)
 
 
+def kernel_of(p: Params, name: str, inputs: int) -> Kernel:
+    """A layer's kernel as a matrix [inputs, M], with the adapter beside it (`training.lora.attach`) where there is one."""
+    kernel = p[name].reshape(inputs, -1)
+    return Adapted(kernel, p[f"{name}_lora_a"], p[f"{name}_lora_b"]) if f"{name}_lora_a" in p else kernel
+
+
 def _expert_linear(x: jax.Array, text: Params, visual: Params | None, name: str, routing: Routing | None, ops: Ops) -> jax.Array:
     """A projection of both experts (shared when the visual one has none), with the kernel reshaped to a matrix. [B, T, K] -> [B, T, M]."""
     k = x.shape[-1]
 
-    def parts(p: Params) -> tuple[jax.Array, jax.Array | None]:
+    def parts(p: Params) -> tuple[Kernel, jax.Array | None]:
         bias = p.get(f"{name}_bias")
-        return p[name].reshape(k, -1), None if bias is None else bias.reshape(-1)
+        return kernel_of(p, name, k), None if bias is None else bias.reshape(-1)
 
     kernel, bias = parts(text)
     if routing is None or visual is None or name not in visual:
         return ops.over_mesh(linear, name)(x, kernel, bias)
     visual_kernel, visual_bias = parts(visual)
-    return ops.over_mesh(ops.by_expert(ops.routed_linear), name)(x, (kernel, visual_kernel), routing, (bias, visual_bias))
+    routed = functools.partial(routed_linear, ops.by_expert(ops.routed_linear))
+    return ops.over_mesh(routed, name)(x, (kernel, visual_kernel), routing, (bias, visual_bias))
 
 
 def attention_layer(
@@ -144,8 +151,9 @@ def attention_layer(
     text, visual = p["text"], p.get("visual")
     qkv = _expert_linear(x, text, visual, "qkv", routing, ops).reshape(b, t, kv, g + 2, e)
     qkv = ops.constrain(qkv, "heads")
-    q, k = apply_rope(qkv[..., :g, :], table), apply_rope(qkv[..., g, :], table)
-    v = qkv[..., g + 1, :]
+    # Routed projections with adapters give float32, which is rounded after the rotation.
+    q, k = apply_rope(qkv[..., :g, :], table).astype(x.dtype), apply_rope(qkv[..., g, :], table).astype(x.dtype)
+    v = qkv[..., g + 1, :].astype(x.dtype)
     if cache is None:
         out = ops.over_mesh(ops.attention, "attention")(q, k, v, segments)
         k, v = by_head(k), by_head(v)
@@ -168,20 +176,28 @@ def _append(old: jax.Array, new: jax.Array, length: jax.Array, layer: jax.Array 
 
 def mlp_layer(p: Params, x: Float[Array, "b t d"], routing: Routing | None, ops: Ops) -> Float[Array, "b t d"]:
     """The feed-forward experts: every token goes through the one of its type (upstream modeling_internlm2_ve.py:690-706)."""
+
+    def weights(p: Params) -> tuple[Kernel, Kernel, Kernel]:
+        return kernel_of(p, "gate", x.shape[-1]), kernel_of(p, "up", x.shape[-1]), kernel_of(p, "down", p["down"].shape[0])
+
     text, visual = p["text"], p.get("visual")
     if routing is None or visual is None:
-        return ops.over_mesh(swiglu, "mlp")(x, text["gate"], text["up"], text["down"])
-    routed = ops.by_expert(ops.routed_swiglu, recomputed=ops.remat == "full")
-    return ops.over_mesh(routed, "mlp")(x, tuple((w["gate"], w["up"], w["down"]) for w in (text, visual)), routing)
+        return ops.over_mesh(swiglu, "mlp")(x, *weights(text))
+    experts = weights(text), weights(visual)
+    if any(isinstance(kernel, Adapted) for expert in experts for kernel in expert):
+        routed: Any = functools.partial(adapted_swiglu, ops.by_expert(ops.routed_linear))
+    else:
+        routed = ops.by_expert(ops.routed_swiglu, recomputed=ops.remat == "full")
+    return ops.over_mesh(routed, "mlp")(x, experts, routing)
 
 
 def block(p: Params, h: Float[Array, "b t d"], table, segments, routing, cache, config: DecoderConfig, ops: Ops) -> tuple[jax.Array, Any]:
     """h + attention(norm(h)), then h + mlp(norm(h)); and what `attention_layer` gives to keep."""
     x = rms_norm(h, p["attention_norm"], config.rms_norm_eps)
     a, kept = attention_layer(p["attention"], x, table, segments, routing, cache, config, ops)
-    h = ops.constrain(h + a, "tokens")
-    h = h + mlp_layer(p["mlp"], rms_norm(h, p["ffn_norm"], config.rms_norm_eps), routing, ops)
-    return ops.constrain(h, "tokens"), kept
+    h = ops.constrain((h + a).astype(h.dtype), "tokens")
+    m = mlp_layer(p["mlp"], rms_norm(h, p["ffn_norm"], config.rms_norm_eps), routing, ops)
+    return ops.constrain((h + m).astype(h.dtype), "tokens"), kept
 
 
 def split_layers(blocks: Params) -> Layers:

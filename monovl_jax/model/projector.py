@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from monovl_jax.model.layers import layer_norm, linear
+from monovl_jax.model.layers import Adapted, Kernel, layer_norm, linear
 from monovl_jax.model.ops import Ops
 
 LAYER_NORM_EPS = 1e-5
@@ -27,5 +27,11 @@ class Projector(nnx.Module):
 
     def __call__(self, x: Float[Array, "*b c"], ops: Ops) -> Float[Array, "*b d"]:
         x = layer_norm(x, self.norm_scale[...], self.norm_bias[...], LAYER_NORM_EPS)
-        x = ops.over_mesh(linear, "projector_in")(x, self.kernel1[...], self.bias1[...])
-        return ops.over_mesh(linear, "projector_out")(jax.nn.gelu(x, approximate=False), self.kernel2[...], self.bias2[...])
+        x = ops.over_mesh(linear, "projector_in")(x, self._kernel("kernel1"), self.bias1[...])
+        return ops.over_mesh(linear, "projector_out")(jax.nn.gelu(x, approximate=False), self._kernel("kernel2"), self.bias2[...])
+
+    def _kernel(self, name: str) -> Kernel:
+        """A kernel, with the adapter beside it (`training.lora.attach`) where there is one."""
+        kernel, a, b = (getattr(self, key, None) for key in (name, f"{name}_lora_a", f"{name}_lora_b"))
+        assert kernel is not None
+        return kernel[...] if a is None or b is None else Adapted(kernel[...], a[...], b[...])

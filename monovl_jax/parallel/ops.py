@@ -33,6 +33,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from monovl_jax.model.layers import Adapted
 from monovl_jax.model.ops import Ops
 from monovl_jax.parallel.mesh import AXES
 from monovl_jax.parallel.sharding import ROWS
@@ -138,15 +139,17 @@ class _OverMesh:
         summed = part not in COLUMNS and self.tensor > 1
         dtype = x.dtype
 
-        def place(leaf: Any, spec: P) -> Any:
+        def place(leaf: Any, spec: Any) -> Any:
             if isinstance(leaf, Routing):
                 return leaf
+            if isinstance(leaf, Adapted):  # float32 outside, so that its gradients meet in float32
+                return Adapted(self.weight(leaf.kernel, spec.kernel), leaf.a.astype(self.dtype), leaf.b.astype(self.dtype))
             if summed and spec == P():  # a bias is added once, not by every device of `tensor`
                 leaf = jnp.where(jax.lax.axis_index("tensor") == 0, leaf, 0)
             return self.weight(leaf, spec)
 
         def run(x: jax.Array, *rest: Any) -> jax.Array:
-            y = f(x.astype(dtype), *jax.tree.map(place, rest, specs, is_leaf=_is_routing))
+            y = f(x.astype(dtype), *jax.tree.map(place, rest, specs, is_leaf=_is_whole))
             return y.astype(jnp.float32)[None] if summed else y
 
         if not self.keep_gathered:
@@ -185,25 +188,32 @@ class _OverMesh:
         return jnp.sum(self.shard(run, specs, P((*ROWS, "tensor")))(self.wide(h), head, targets, weights))
 
 
-def _is_routing(leaf: Any) -> bool:
-    return isinstance(leaf, Routing)
+def _is_whole(leaf: Any) -> bool:
+    """What a part treats as one thing, although it holds several arrays."""
+    return isinstance(leaf, Routing | Adapted)
 
 
 def _layer_specs(part: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A PartitionSpec for every weight of a part, as in `sharding.RULES` without the layer axis; a routing lies like the rows."""
+    """A PartitionSpec for every weight of a part, as in `sharding.RULES` without the layer axis; a routing lies like the rows.
+
+    Of an adapter, the dimension that `tensor` divides in the kernel is divided; `fsdp` divides nothing of it.
+    """
     number = -1
 
-    def spec(leaf: Any) -> P:
+    def spec(leaf: Any) -> Any:
         nonlocal number
-        if _is_routing(leaf):
+        if isinstance(leaf, Routing):
             return P(ROWS)
+        if isinstance(leaf, Adapted):
+            kernel = spec(leaf.kernel)
+            return Adapted(kernel, P("tensor"), P()) if kernel == _LINES else Adapted(kernel, P(), P(None, "tensor"))
         if leaf.ndim == 1:
             return P("tensor") if part in COLUMNS else P()
         number += 1
         down = part == "mlp" and number % 3 == 2  # gate, up, down of each expert
         return _LINES if part in LINES or down else _COLUMNS
 
-    return jax.tree.map(spec, arguments, is_leaf=_is_routing)
+    return jax.tree.map(spec, arguments, is_leaf=_is_whole)
 
 
 def mesh_ops(ops: Ops, mesh: Mesh) -> Ops:

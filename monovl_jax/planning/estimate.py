@@ -16,6 +16,7 @@ from monovl_jax.config import ModelConfig
 from monovl_jax.planning.collectives import Collective
 from monovl_jax.training.devices import peak_flops
 from monovl_jax.training.flops import step_flops
+from monovl_jax.training.losses import LOGIT_BYTES, chunk_rows
 from monovl_jax.training.stages import Recipe, Stage
 from monovl_jax.training.trainable import flatten, model_structure
 
@@ -93,14 +94,24 @@ def _parameters(model: ModelConfig) -> int:
 
 
 def working_bytes(
-    model: ModelConfig, stage: Stage, masters: int, batch: int, trained: frozenset[str], remat: str, mesh: Mapping[str, int]
+    model: ModelConfig,
+    stage: Stage,
+    masters: int,
+    batch: int,
+    trained: frozenset[str],
+    remat: str,
+    mesh: Mapping[str, int],
+    device_kind: str,
 ) -> int:
-    """A guess at the temporaries of one chip: activations kept, a layer and the head at work, gradients like the float32 masters, and a
-    copy of the batch, whose `batch` bytes the compiler lays out anew for the loop over micro-batches."""
+    """A guess at the temporaries of one chip: activations kept, a layer and the head with a chunk of logits at work, gradients like the
+    float32 masters, and a copy of the batch, whose `batch` bytes the compiler lays out anew for the loop over micro-batches. device_kind:
+    of the chip, as JAX names it."""
     groups, tensor, decoder = mesh["data"] * mesh["fsdp"], mesh["tensor"], model.decoder
     rows = stage.batch_size // stage.accumulation // groups
     tokens = rows * stage.sequence_length + stage.text_rows // stage.accumulation // groups * stage.text_length
     at_work = 4 * tokens * (6 * decoder.hidden_size + 4 * decoder.intermediate_size // tensor)
+    columns = decoder.padded_vocab_size // tensor
+    at_work += LOGIT_BYTES * columns * chunk_rows(tokens, columns, device_kind)
     shapes = flatten(model_structure(model).shapes)
     for path, leaf in shapes.items():
         size = math.prod(leaf.shape) // tensor

@@ -102,11 +102,11 @@ def fitted(recipe: Recipe, stage: Stage, mesh: Mesh, remat: str, hbm: int, accum
     for field in ("batch_size", "text_rows"):
         check_rows(getattr(stage, field) // (accumulation or 1), f"stage {stage.name!r}: {field}", mesh)
     masters, held, batch = held_bytes(recipe, stage, mesh)
-    trained = recipe.trainable_paths(stage)
+    trained, kind = recipe.trainable_paths(stage), mesh.devices.flat[0].device_kind
     numbers, need = [accumulation] if accumulation else accumulations(stage, mesh.shape["data"] * mesh.shape["fsdp"]), 0
     for number in numbers:
         stage = dataclasses.replace(stage, accumulation=number)
-        need = held + batch + working_bytes(recipe.model, stage, masters, batch, trained, remat, mesh.shape)
+        need = held + batch + working_bytes(recipe.model, stage, masters, batch, trained, remat, mesh.shape, kind)
         if need <= FILL * hbm:
             break
     return Fitted(stage, masters, need)

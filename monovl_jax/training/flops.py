@@ -44,9 +44,9 @@ class StepFlops:
 
 
 def _depth(path: str) -> float:
-    """Where a parameter stands on the way from pixels and ids to the loss. An adapter (`lora/...`) stands in the blocks."""
+    """Where a parameter stands on the way from pixels and ids to the loss. An adapter (`lora/...`) stands beside its matrix."""
     beginnings = {"vision/": 0, "projector/kernel2": 1.2, "projector/": 1, "decoder/embedding": 1.5, "decoder/norm": 3, "decoder/head": 4}
-    return next((depth for start, depth in beginnings.items() if path.startswith(start)), 2)
+    return next((depth for start, depth in beginnings.items() if path.removeprefix("lora/").startswith(start)), 2)
 
 
 def step_flops(config: ModelConfig, trained: frozenset[str]) -> StepFlops:

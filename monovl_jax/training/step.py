@@ -26,7 +26,7 @@ from monovl_jax.model import VLM, Ops
 from monovl_jax.parallel.mesh import row_share
 from monovl_jax.parallel.ops import mesh_ops
 from monovl_jax.parallel.sharding import batch_sharding, check_rows, parameter_sharding, parameter_shardings, replicated
-from monovl_jax.training.lora import Lora, merged
+from monovl_jax.training.lora import ROOT, Lora, attach, without_adapters
 from monovl_jax.training.losses import weighted_nll
 from monovl_jax.training.optimizer import Optimizer
 from monovl_jax.training.trainable import Tree, flatten, unflatten
@@ -103,9 +103,11 @@ def optimizer_shardings(optimizer: Optimizer, trainable: Tree, mesh: Mesh) -> An
     )
 
 
-def _nlls(graphdef: Any, trees: tuple[Tree, ...], parts: tuple[Part, ...], ops: Ops, nll: Nll) -> jax.Array:
-    """float32[P]: the weighted nll sum of each part."""
-    model = nnx.merge(graphdef, *trees)
+def _nlls(graphdef: Any, trees: tuple[Tree, ...], parts: tuple[Part, ...], ops: Ops, nll: Nll, lora: Lora | None = None) -> jax.Array:
+    """float32[P]: the weighted nll sum of each part. lora: of the adapters in the first tree."""
+    model = nnx.merge(graphdef, *map(without_adapters, trees))
+    if lora is not None:
+        attach(model, trees[0], lora)
     return jnp.stack([nll(model, part, ops).astype(jnp.float32) for part in parts])
 
 
@@ -141,12 +143,12 @@ def _sums(parts: tuple[Part, ...]) -> tuple[jax.Array, dict[str, Any]]:
 
 
 def gradient_group(path: str) -> str:
-    """Of a parameter path: `text_expert`, `visual_expert`, `vision` (patch embedding, projector) or `shared` (embedding, norms, head)."""
+    """Of a parameter or its adapter: `text_expert`, `visual_expert`, `vision` (patch embedding, projector) or `shared` (all else)."""
     if "/visual/" in path:
         return "visual_expert"
     if "/text/" in path:
         return "text_expert"
-    return "vision" if path.startswith(("vision/", "projector/")) else "shared"
+    return "vision" if path.startswith(("vision/", "projector/", f"{ROOT}/projector/")) else "shared"
 
 
 def gradient_norms(gradients: Tree) -> dict[str, jax.Array]:
@@ -181,7 +183,7 @@ def train_step(
     scale = jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
 
     def loss(trainable: Tree, micro: tuple[Part, ...]) -> tuple[jax.Array, jax.Array]:
-        nlls = _nlls(graphdef, merged(trainable, frozen, lora), micro, ops, nll)
+        nlls = _nlls(graphdef, (trainable, frozen), micro, ops, nll, lora)
         return jnp.sum(nlls) * scale, nlls
 
     gradients_of = jax.grad(loss, has_aux=True)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from monovl_jax.model.attention import attention, by_head, cached_attention, packed_causal_attention, splash_attention
+from monovl_jax.model.attention import attention, by_head, cached_attention, packed_causal_attention, splash_attention, splash_blocks
 from tests.quick import quick_jit
 
 attend, cached = quick_jit(packed_causal_attention), quick_jit(cached_attention)
@@ -104,7 +104,7 @@ def test_large_scores_do_not_overflow() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("width", "tokens"), [(64, 256), (128, 256), (128, 250)])
+@pytest.mark.parametrize(("width", "tokens"), [(64, 256), (128, 256), (128, 250), (128, 1100)])
 def test_splash_equals_plain_attention(width: int, tokens: int) -> None:
     """The TPU's kernel, run by the interpreter: values and gradients, packed rows with padding, grouped heads, a row of no whole tiles."""
     rng = np.random.default_rng(0)
@@ -126,6 +126,21 @@ def test_splash_equals_plain_attention(width: int, tokens: int) -> None:
     (_, want), want_grads = both(packed_causal_attention)
     for a, b in zip((got, *got_grads), (want, *want_grads), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_splash_works_on_blocks_as_large_as_divide_the_row() -> None:
+    sizes = {t: splash_blocks(t) for t in (128, 384, 1280, 2048, 4096, 4608, 16384)}
+    assert {t: (s.block_q, s.block_kv, s.block_kv_compute) for t, s in sizes.items()} == {
+        128: (128, 128, 128),
+        384: (384, 384, 384),
+        1280: (640, 640, 128),
+        2048: (1024, 1024, 512),
+        4096: (1024, 1024, 512),
+        4608: (768, 768, 384),
+        16384: (1024, 1024, 512),
+    }
+    assert {t for t, s in sizes.items() if not s.use_fused_bwd_kernel} == {4608, 16384}
+    assert all(s.has_backward_blocks for s in sizes.values())
 
 
 def test_a_tpu_takes_splash_for_rows_of_at_least_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,9 +16,10 @@ from monovl_jax.config import Experts, ModelConfig, tiny
 from monovl_jax.model import Ops
 from monovl_jax.parallel.mesh import make_mesh
 from monovl_jax.parallel.sharding import place_parameters
+from monovl_jax.training.lora import ALL_PROJECTIONS, Lora, adapter_shapes
 from monovl_jax.training.optimizer import Optimizer
 from monovl_jax.training.step import make_train_step, optimizer_shardings, place_batch
-from monovl_jax.training.trainable import flatten, model_structure, select, split_tree
+from monovl_jax.training.trainable import Tree, flatten, model_structure, select, split_tree
 from tests.training.worlds import image_rows, plain_parameters, text_rows
 
 EIGHT = [(d, f, 8 // d // f) for d in (8, 4, 2, 1) for f in (8, 4, 2, 1) if 8 % (d * f) == 0]
@@ -45,15 +46,28 @@ def _batch(config: ModelConfig) -> tuple[dict[str, np.ndarray], ...]:
     return batch
 
 
-def one_step(config: ModelConfig, sizes: tuple[int, int, int], ops: Ops) -> dict[str, np.ndarray]:
-    """{"loss" and path of each trained leaf: its gradient} of one step with two micro-batches."""
+ADAPTERS = Lora(rank=3, targets=(*ALL_PROJECTIONS, r"^projector/kernel[12]$"))
+
+
+def adapters(config: ModelConfig) -> Tree:
+    """Adapters on every matrix that takes one, all of them at work."""
+    rng = np.random.default_rng(4)
+    return jax.tree.map(
+        lambda x: jnp.asarray(0.1 * rng.normal(size=x.shape), x.dtype), adapter_shapes(model_structure(config).shapes, ADAPTERS)
+    )
+
+
+def one_step(config: ModelConfig, sizes: tuple[int, int, int], ops: Ops, adapted: bool = False) -> dict[str, np.ndarray]:
+    """{"loss" and path of each trained leaf: its gradient} of one step with two micro-batches. adapted: `adapters` are trained alone."""
     mesh = make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
     shape, optimizer = model_structure(config), keeping_gradients()
     tree = place_parameters(plain_parameters(config), mesh)
-    trainable, frozen = split_tree(tree, select(shape.paths, (".*",), shape.stored))
+    trainable, frozen = split_tree(tree, frozenset() if adapted else select(shape.paths, (".*",), shape.stored))
+    if adapted:
+        trainable = place_parameters(adapters(config), mesh)
     places = optimizer_shardings(optimizer, trainable, mesh)
     state = jax.jit(optimizer.transform.init, out_shardings=places)(trainable)
-    step = make_train_step(shape.graphdef, optimizer, ops, trainable, frozen, mesh, accumulation=2)
+    step = make_train_step(shape.graphdef, optimizer, ops, trainable, frozen, mesh, accumulation=2, lora=ADAPTERS if adapted else None)
     shardings = {path: leaf.sharding for path, leaf in flatten(trainable).items()}
     trainable, state, metrics = step(trainable, state, frozen, place_batch(_batch(config), mesh, 2))
     gradients: dict[str, Any] = flatten(state[0].trace)

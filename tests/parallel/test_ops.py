@@ -19,9 +19,9 @@ from monovl_jax.model import Ops
 from tests.parallel.meshes import differences, model, one_step
 
 config, worst = model({experts!r}), {{}}
-one = one_step(config, (1, 1, 1), Ops())
+one = one_step(config, (1, 1, 1), Ops(), {adapted})
 for sizes in {meshes!r}:
-    found = differences(one, one_step(config, tuple(sizes), Ops(remat={remat!r})))
+    found = differences(one, one_step(config, tuple(sizes), Ops(remat={remat!r}), {adapted}))
     path = max(found, key=found.get)
     worst[str(sizes)] = float(found["loss"]), path, found[path], len(found)
 print(json.dumps(worst))
@@ -38,8 +38,10 @@ print(json.dumps(collectives(model("ffn"), (2, 2, 2), ops, trained)))
 """
 
 
-def agree(run_python: Callable[..., str], experts: str, meshes: list[tuple[int, int, int]], remat: str = "none") -> None:
-    code = COMPARE.format(experts=experts, meshes=meshes, remat=remat)
+def agree(
+    run_python: Callable[..., str], experts: str, meshes: list[tuple[int, int, int]], remat: str = "none", adapted: bool = False
+) -> None:
+    code = COMPARE.format(experts=experts, meshes=meshes, remat=remat, adapted=adapted)
     worst = json.loads(run_python(code, timeout=900, XLA_FLAGS=QUICK))
     assert list(worst) == [str(sizes) for sizes in meshes]
     for sizes, (loss, path, difference, entries) in worst.items():
@@ -61,6 +63,17 @@ def test_every_mesh_of_eight_devices_equals_one_device(run_python: Callable[...,
 @pytest.mark.parametrize("remat", ["save_projections", "full"])
 def test_remat_over_a_mesh(run_python: Callable[..., str], remat: str) -> None:
     agree(run_python, "ffn+attention", [(2, 2, 2)], remat)
+
+
+def test_adapters_over_a_mesh(run_python: Callable[..., str]) -> None:
+    """Of every matrix: those that tensor divides by columns and by lines, those of both experts and of the projector."""
+    agree(run_python, "ffn+attention", [(2, 2, 2)], "full", adapted=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experts", ["ffn", "none"])
+def test_adapters_over_meshes(run_python: Callable[..., str], experts: str) -> None:
+    agree(run_python, experts, [(1, 1, 8), (1, 8, 1), (2, 2, 2)], adapted=True)
 
 
 def test_sums_are_float32_and_frozen_weights_have_none(run_python: Callable[..., str]) -> None:

@@ -31,7 +31,7 @@ OURS, NAIVE = both(scale=0.25)
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 8 rows, so that 37 rows are several and the last is not full."""
-    monkeypatch.setattr(losses, "_chunk_rows", lambda rows, vocab: min(rows, 8))
+    monkeypatch.setattr(losses, "chunk_rows", lambda rows, vocab, kind: min(rows, 8))
 
 
 def inputs(seed: int = 0, dtype=np.float32):
@@ -111,15 +111,37 @@ def test_bfloat16() -> None:
 
 
 def test_chunks_of_its_own_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real chunk rule: at most 512 rows, at least 128, and no more than there are."""
+    """The real chunk rule: no more rows than there are; on a CPU at most 512 and at least 128."""
     monkeypatch.undo()
-    assert losses._chunk_rows(37, PADDED) == 37
-    assert losses._chunk_rows(10_000, PADDED) == 512
-    assert losses._chunk_rows(10_000, 92_672) == 181
-    assert losses._chunk_rows(10_000, 2**24) == 128
+    assert losses.chunk_rows(37, PADDED, "cpu") == losses.chunk_rows(37, PADDED, "TPU v5 lite") == 37
+    assert losses.chunk_rows(10_000, PADDED, "cpu") == 512
+    assert losses.chunk_rows(10_000, 92_672, "cpu") == 181
+    assert losses.chunk_rows(10_000, 2**24, "cpu") == 128
     h, head, targets, weights = inputs()
     run = quick_jit(lambda *a: weighted_nll(*a, V))
     np.testing.assert_allclose(run(h, head, targets, weights), 4 * NAIVE(h, head, targets, weights)[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak", "bandwidth"), [("TPU v5 lite", 197e12, 819e9), ("TPU v5", 459e12, 2765e9), ("TPU v6 lite", 918e12, 1640e9)]
+)
+def test_a_chunk_on_an_accelerator_is_bound_by_arithmetic(
+    monkeypatch: pytest.MonkeyPatch, kind: str, peak: float, bandwidth: float
+) -> None:
+    """6 FLOPs a row for each element of the head take longer than its 12 bytes."""
+    monkeypatch.undo()
+    rows = losses.chunk_rows(10_000, 92_672, kind)
+    assert 6 * rows / peak > 12 / bandwidth
+
+
+def test_the_chunk_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(losses, "device_kind", lambda: "TPU v5 lite")
+    h, head, targets, weights = (
+        jax.ShapeDtypeStruct((4096, *shape), dtype) for shape, dtype in [((6,), "f4"), ((), "f4"), ((), "i4"), ((), "f4")]
+    )
+    head = jax.ShapeDtypeStruct((6, 92_672), "f4")
+    assert "f32[1024,92672]" in str(jax.make_jaxpr(lambda *a: weighted_nll(*a, V))(h, head, targets, weights))
 
 
 def test_a_frozen_head_costs_no_gradient() -> None:
