@@ -19,8 +19,10 @@ CARRIED = (
     "preprocessor_config.json",
     "processor_config.json",
     "chat_template.json",
-    "chat_template.jinja",
     "LICENSE",
+    "LICENSE.txt",
+    "LICENSE.md",
+    "NOTICE",
 )
 """Files copied as they are in both directions, beside `config.json` and every `*.py` (data here: never imported, never run)."""
 
