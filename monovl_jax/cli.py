@@ -399,9 +399,13 @@ def convert_export(
         shard_gb: largest file, in 10^9 bytes.
         stage: of a run, the stage whose model is written; the last finished one by default.
     """
+    from monovl_jax.convert.folders import missing_code
     from monovl_jax.pretrained import export
 
-    return _converted("export", lambda progress: export(src, dst, dtype, shard_gb, stage, progress=progress))
+    code = _converted("export", lambda progress: export(src, dst, dtype, shard_gb, stage, progress=progress))
+    if code == 0 and (absent := missing_code(dst)):
+        print(f"note: {dst} names code that {src} does not have; transformers needs {', '.join(absent)} copied there", file=sys.stderr)
+    return code
 
 
 def convert_init(
