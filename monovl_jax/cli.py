@@ -104,6 +104,9 @@ class SamplingOptions:
 
 Dtype = Literal["float32", "bfloat16"]
 
+MOST = 1 << 20
+"""Most rows of a batch, and most tokens of an answer."""
+
 
 def generate(
     *,
@@ -138,9 +141,13 @@ def generate(
     if (prompt is None) == (jsonl is None) or (jsonl is None) != (out is None) or (jsonl is not None and image):
         print("monovl generate: give --prompt (and --image), or --jsonl and --out", file=sys.stderr)
         return 2
+    for name, value in (("batch-size", batch_size), ("max-new-tokens", max_new_tokens)):
+        if not 1 <= value <= MOST:
+            print(f"monovl generate: --{name} is {value}; give a number from 1 to {MOST}", file=sys.stderr)
+            return 2
     try:
-        loaded, generator = _ready(model, stage, dtype)
         chosen = _sampling(sampling)
+        loaded, generator = _ready(model, stage, dtype)
         if prompt is not None:
             asked = loaded.prompt(prompt, list(image))
             print(loaded.answer(generator, [asked], max_new_tokens, chosen)[0])
@@ -201,9 +208,12 @@ def chat(
     from monovl_jax.inference.chat import Chat
     from monovl_jax.inference.conversation import Conversation
 
+    if not 1 <= max_new_tokens <= MOST:
+        print(f"monovl chat: --max-new-tokens is {max_new_tokens}; give a number from 1 to {MOST}", file=sys.stderr)
+        return 2
     try:
-        loaded, generator = _ready(model, stage, dtype)
         chosen = _sampling(sampling)
+        loaded, generator = _ready(model, stage, dtype)
     except (ValueError, OSError) as error:
         print(f"monovl chat: {error}", file=sys.stderr)
         return 2
@@ -223,14 +233,11 @@ def _ready(model: Path, stage: str | None, dtype: Dtype | None) -> tuple[Any, An
     import jax
     import jax.numpy as jnp
 
-    from monovl_jax.inference.compiling import compile_seconds
+    from monovl_jax.inference.compiling import compile_seconds, keep_programs
     from monovl_jax.model import Ops
     from monovl_jax.pretrained import from_pretrained
 
-    if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(Path(home) / "monovl_jax"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    keep_programs()
     compile_seconds()  # counts from here
     loaded = from_pretrained(model, stage)
     kind = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
@@ -238,10 +245,10 @@ def _ready(model: Path, stage: str | None, dtype: Dtype | None) -> tuple[Any, An
 
 
 def _tell_compiling() -> None:
-    from monovl_jax.inference.compiling import compile_seconds
+    from monovl_jax.inference.compiling import compile_seconds, kept_where
 
     if (seconds := compile_seconds()) > 1:
-        print(f"(compiling took {seconds:.1f} s; the next start reads it from disk)", file=sys.stderr)
+        print(f"(compiling took {seconds:.1f} s; {kept_where()})", file=sys.stderr)
 
 
 def train(

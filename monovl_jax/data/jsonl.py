@@ -54,8 +54,15 @@ class _Index:
     bad: list[tuple[int, str, object]]  # line, reason, id
 
 
+NOT_READ = ("images", "video", "videos", "audio", "audios")
+"""Fields of other forms of data. A sample that has one would be trained as text alone."""
+
+
 def parse_line(raw: bytes) -> Record:
-    """The record in one line of a JSONL file. Raises SampleError for bad UTF-8, bad JSON, wrong fields or bad turns."""
+    """The record in one line of a JSONL file. Raises SampleError for bad UTF-8, bad JSON, wrong fields or bad turns.
+
+    An empty `image` is a sample of text, as upstream takes it (internvl_chat_finetune.py:538).
+    """
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -69,8 +76,10 @@ def parse_line(raw: bytes) -> Record:
         raise SampleError(f"the line holds a JSON {type(entry).__name__}; write one object per line.")
     if "conversations" not in entry:
         raise SampleError("the sample has no 'conversations'; add the list of turns.")
+    if unread := [key for key in NOT_READ if entry.get(key)]:
+        raise SampleError(f"the sample has {unread[0]!r}, which is not read; name its images in 'image', a path or a list of paths.")
     images = entry.get("image")
-    images = [] if images is None else [images] if isinstance(images, str) else images
+    images = [] if images in (None, "") else [images] if isinstance(images, str) else images
     if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
         raise SampleError("'image' must be a path or a list of paths; correct the field or leave it out.")
     return Record(parse_turns(entry["conversations"]), images, entry.get("id"))
@@ -121,6 +130,11 @@ class JsonlSource:
     def rejected(self) -> int:
         """How many samples were found bad when the index was made."""
         return len(self.index.bad)
+
+    @property
+    def first_rejected(self) -> tuple[int, str] | None:
+        """(line, reason) of the first bad sample."""
+        return self.index.bad[0][:2] if self.index.bad else None
 
     def length(self, index: int) -> tuple[int, int]:
         tokens, tiles = self.index.lengths[index]

@@ -40,6 +40,7 @@ from monovl_jax.data.shards import (
     COLUMNS,
     FORMAT,
     REJECTED,
+    REJECTED_DIGEST,
     ShardIndex,
     StoredImage,
     StoredSample,
@@ -50,6 +51,7 @@ from monovl_jax.data.shards import (
     index_row,
     manifest_digest,
     read_manifest,
+    read_rejected,
     sampled_digest,
     shard_name,
     text_settings,
@@ -441,7 +443,7 @@ def _finish(folder: Path, identity: dict[str, Any], jobs: Sequence[ShardJob]) ->
                 stream.write(json.dumps(entry, ensure_ascii=True).encode() + b"\n")
     _settle(rejected_file)
     totals = {key: sum(shard[key] for shard in shards) for key in ("records", "rejected", "pictures", "tiles", "tokens", "bytes")}
-    manifest = identity | totals | {"shards": shards}
+    manifest = identity | totals | {"shards": shards, REJECTED_DIGEST: file_sha256(rejected_file)}
     manifest["digest"] = manifest_digest(manifest)
     _write_json(folder / MANIFEST, manifest)
     _remove_unfinished(folder)
@@ -467,4 +469,5 @@ def verify(out: Path, say: Say = print) -> None:
     for folder in folders:
         manifest = read_manifest(folder)
         check_shards(folder, manifest, full=True)
+        read_rejected(folder, manifest)
         say(f"{folder}: {len(manifest['shards'])} shards, {manifest['records']} samples, {manifest['rejected']} rejected: whole")

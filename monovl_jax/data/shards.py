@@ -45,6 +45,7 @@ from monovl_jax.data.tiling import TilingConfig, count_tiles, tile_image
 
 FORMAT = 1
 REJECTED = "rejected.jsonl"
+REJECTED_DIGEST = "rejected_sha256"  # in the manifest; version 0.1.0 did not write it
 _MAGIC = b"MVL1"
 COLUMNS = ("line", "tokens", "pictures", "answer", "before", "last")
 _OPEN_SHARDS = 128
@@ -237,6 +238,25 @@ def check_shards(folder: str | Path, manifest: dict[str, Any], *, full: bool = F
             raise MetaError(f"{shard} was changed after it was written (its digest does not match the manifest); copy it again")
 
 
+def read_rejected(folder: str | Path, manifest: dict[str, Any]) -> list[tuple[int, str, object]]:
+    """(line, reason, id) of the samples that were left out. Raises MetaError when the file is missing or not the one that was written."""
+    path = Path(folder) / REJECTED
+    try:
+        data = jsontext.read_bytes(path)
+        entries = [jsontext.loads(line) for line in data.splitlines()]
+        found = [(entry["line"], entry["reason"], entry.get("id")) for entry in entries]
+        if any(type(line) is not int or not isinstance(reason, str) for line, reason, _ in found):
+            raise ValueError("a line is no number, or a reason no text")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MetaError(f"{path} cannot be read ({type(error).__name__}: {error}); copy the folder again") from None
+    if len(found) != manifest["rejected"]:
+        raise MetaError(f"{path} lists {len(found)} samples, the manifest says {manifest['rejected']}; copy the folder again")
+    digest = hashlib.sha256(data).hexdigest()
+    if manifest.get(REJECTED_DIGEST, digest) != digest:
+        raise MetaError(f"{path} was changed after it was written (its digest does not match the manifest); copy it again")
+    return found
+
+
 def count_slots(sizes: np.ndarray, pictures: np.ndarray, tiling: TilingConfig) -> np.ndarray:
     """int64[m] tiles of each of the pictures `sizes` int[m, 2], which belong to samples of `pictures` int[n] pictures each (sum m)."""
     if not len(sizes):
@@ -276,7 +296,7 @@ class PreparedSource:
         self._check_settings()
         check_shards(self.folder, self.manifest)
         self._read_index()
-        bad_lines = self._rejected() + self._select()
+        bad_lines = read_rejected(self.folder, self.manifest) + self._select()
         if verify_images:
             bad_lines += self._verify()
         for line, reason, sample_id in sorted(bad_lines, key=lambda entry: entry[0]):
@@ -284,6 +304,7 @@ class PreparedSource:
                 raise SampleError(reason).at(self.annotation, line)
             self.bad.add(self.annotation, line, reason, sample_id)
         self.rejected = len(bad_lines)
+        self.first_rejected = bad_lines[0][:2] if bad_lines else None
 
     def _check_settings(self) -> None:
         for key, value in text_settings(self.encoding).items():
@@ -312,17 +333,6 @@ class PreparedSource:
         pictures = self._columns[:, 2]
         self._slots = count_slots(sizes, pictures, self.encoding.tiling)
         self._picture_ends = np.cumsum(pictures)
-
-    def _rejected(self) -> list[tuple[int, str, object]]:
-        path = self.folder / REJECTED
-        try:
-            entries = [jsontext.loads(line) for line in jsontext.read_bytes(path).splitlines()]
-            found = [(entry["line"], entry["reason"], entry.get("id")) for entry in entries]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise MetaError(f"{path} cannot be read ({type(error).__name__}: {error}); copy the folder again") from None
-        if len(found) != self.manifest["rejected"]:
-            raise MetaError(f"{path} lists {len(found)} samples, the manifest says {self.manifest['rejected']}; copy the folder again")
-        return found
 
     def _select(self) -> list[tuple[int, str, object]]:
         """Finds the samples that fit the rows; returns the others with reasons, which are those of the JSONL path."""

@@ -1,12 +1,16 @@
 """`monovl generate` for a file of prompts: one JSON object a line in, one a line out, as they come; rerun to go on.
 
 in   {"prompt": "What is this?", "image": "cat.png"}        images: a list of several; id: any text or number, by default the line
-out  {"id": 1, "prompt": "What is this?", "answer": "A cat."}
+out  {"id": 1, "prompt": "What is this?", "answer": "A cat.", "key": "0123456789abcdef"}
+
+`key` is a digest of what the answer follows from: the model, the settings, the prompt and the names of its images. An answer whose key is
+another than that of the question with its id is never taken for an answer to it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
@@ -78,19 +82,19 @@ def parse_job(text: str, line: int, image_root: Path) -> Job:
     return Job(line, name, entry["prompt"], tuple(resolve_image_path(image_root, image) for image in images))
 
 
-def finished_ids(target: Path) -> set[str | int]:
-    """The ids that the output file has already. A last line that was cut off is removed from the file.
+def finished_answers(target: Path) -> dict[str | int, dict[str, Any]]:
+    """{id: line} of what the output file has already. A last line that was cut off is removed from the file.
 
     Raises BatchError for any other line that is not one of ours.
     """
     if not target.exists():
-        return set()
-    done, good = set(), 0
+        return {}
+    done, good = {}, 0
     with open(target, "r+b") as file:
         for number, line in enumerate(file, 1):
             try:
                 entry: Any = jsontext.loads(line) if line.endswith(b"\n") else None
-                done.add(entry["id"])
+                done[entry["id"]] = entry
             except (ValueError, TypeError, KeyError):
                 if file.read(1):
                     raise BatchError(
@@ -124,16 +128,22 @@ def answer_file(
       report: gets a sentence for every bad line.
       progress: called with (lines done, lines in all).
 
-    Raises BatchError when `source` cannot be read or `target` holds something else.
+    Raises BatchError when `source` cannot be read or `target` holds something else: answers of another model or to other questions too.
     """
     image_root = source.parent if image_root is None else image_root
     try:
         total = sum(1 for _ in _lines(source))
-        done = finished_ids(target)
+        done = finished_answers(target)
         target.parent.mkdir(parents=True, exist_ok=True)
     except (OSError, UnicodeDecodeError) as error:
         raise BatchError(f"{source} or {target} cannot be used ({error}); check the paths") from None
     summary, seen = Summary(), set()
+    made_by = f"{generator.fingerprint()} {model.tokenizer.fingerprint()} {max_new_tokens} {sampling}"
+
+    def key(job: Job) -> str:
+        draw = job.line if sampling.temperature else 0  # random draws follow from the line
+        names = [os.path.relpath(image, image_root) for image in job.images]
+        return hashlib.sha256(json.dumps([made_by, draw, job.prompt, names]).encode()).hexdigest()[:16]
 
     def bad(line: int, error: Exception) -> None:
         summary.bad += 1
@@ -147,6 +157,7 @@ def answer_file(
                     raise SampleError(f"repeats the id {job.id!r}; ids must differ.")
                 seen.add(job.id)
                 if job.id in done:
+                    _check_answer(done[job.id], job, key(job), target)
                     summary.skipped += 1
                     continue
                 prompt, most = model.prompt(job.prompt, list(job.images)), model.config.decoder.max_position_embeddings
@@ -170,13 +181,25 @@ def answer_file(
                     made = generator([p for _, p in padded], max_new_tokens, slots, tiles, sampling, [j.line for j, _ in padded])
                     for (job, _), ids in zip(part, made, strict=False):
                         answer = model.tokenizer.decode(ids.tolist()).strip()
-                        file.write(json.dumps({"id": job.id, "prompt": job.prompt, "answer": answer}, ensure_ascii=False) + "\n")
+                        line = {"id": job.id, "prompt": job.prompt, "answer": answer, "key": key(job)}
+                        file.write(json.dumps(line, ensure_ascii=False) + "\n")
                     file.flush()
                     os.fsync(file.fileno())
                     summary.answered += len(part)
                     progress(summary.answered + summary.skipped + summary.bad, total)
     progress(summary.answered + summary.skipped + summary.bad, total)
     return summary
+
+
+def _check_answer(there: dict[str, Any], job: Job, key: str, target: Path) -> None:
+    """Raises BatchError when an answer is not one to this question by this model. Answers of version 0.1.0 tell the question alone."""
+    if there.get("prompt") != job.prompt:
+        raise BatchError(f"{target} answers another question under the id {job.id!r}; give another output file, or another id")
+    if there.get("key", key) != key:
+        raise BatchError(
+            f"{target}: the answer to {job.id!r} was made by another model, with other settings or about other images; "
+            "give another output file, or remove this one"
+        )
 
 
 def _lines(source: Path) -> Iterator[tuple[int, str]]:

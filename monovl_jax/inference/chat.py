@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +12,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from monovl_jax.data.errors import SampleError
 from monovl_jax.data.images import image_size
-from monovl_jax.inference.compiling import compile_seconds
+from monovl_jax.inference.compiling import compile_seconds, kept_where
 from monovl_jax.inference.conversation import Conversation
 from monovl_jax.inference.sampling import GREEDY, Sampling
-from monovl_jax.inference.session import ContextFull
 
 HELP = """[bold]/image PATH[/]  attach a picture to the next question (again for several)
 [bold]/reset[/]       forget the conversation
@@ -69,7 +68,7 @@ class Chat:
                         return
                 else:
                     self.answer(line)
-            except (SampleError, ContextFull, OSError) as error:
+            except (ValueError, OSError) as error:  # SampleError and ContextFull among them
                 self.console.print(f"[red]{escape(printable(str(error)))}[/]")
 
     def _line(self) -> str:
@@ -114,7 +113,7 @@ class Chat:
             self.images = []
             spent = compile_seconds() - compiled
             if spent > 0.5:
-                self.console.print(f"[dim]compiled for {spent:.1f} s; kept for the next time where a cache folder is set[/]")
+                self.console.print(f"[dim]compiled for {spent:.1f} s; {escape(kept_where())}[/]")
             while piece:
                 self.console.print(printable(piece), end="", markup=False, highlight=False, soft_wrap=True)
                 piece = next(stream, "")
@@ -124,15 +123,25 @@ class Chat:
             self.images = []
             self.console.print("\n[dim](stopped)[/]")
 
+    def _beside(self, path: Path, image: Path, number: int) -> str:
+        """The name of an image for a file at `path`: relative to its folder, into which an image from elsewhere is copied."""
+        folder = path.parent.resolve()
+        if image.resolve().is_relative_to(folder):
+            return image.resolve().relative_to(folder).as_posix()
+        copy = folder / f"{path.stem}_images" / f"{number}{image.suffix}"
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(image, copy)
+        return copy.relative_to(folder).as_posix()
+
     def save(self, path: Path) -> None:
-        """Writes the conversation; refuses to replace a file."""
+        """Writes the conversation, with its images beside it; refuses to replace a file."""
         if path.exists():
             self.console.print(f"[red]{escape(str(path))} exists; give another name[/]")
             return
         turns, images = [], []
         for exchange in self.conversation.exchanges:
             turns += [{"from": "human", "value": exchange.question}, {"from": "gpt", "value": exchange.answer}]
-            images += exchange.images
+            images += [self._beside(path, Path(image), len(images) + i) for i, image in enumerate(exchange.images)]
         entry = {"conversations": turns} | ({"image": images} if images else {})
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +20,26 @@ def _meter() -> list[float]:
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     return seconds
+
+
+CACHE_BYTES = 4 << 30
+"""Most that the programs kept on disk take together; those not used for longest go first."""
+
+
+def keep_programs() -> None:
+    """Keeps compiled programs on disk for the next time: where JAX_COMPILATION_CACHE_DIR says, by default in the user's cache folder."""
+    config: Any = jax.config
+    if not config.jax_compilation_cache_dir:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        config.update("jax_compilation_cache_dir", str(Path(home) / "monovl_jax"))
+        config.update("jax_compilation_cache_max_size", CACHE_BYTES)
+        config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def kept_where() -> str:
+    """For people: whether what was compiled is kept, and where."""
+    folder = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    return f"kept in {folder} for the next time" if folder else "not kept for the next time (JAX_COMPILATION_CACHE_DIR names a folder)"
 
 
 def compile_seconds() -> float:

@@ -24,6 +24,8 @@ from monovl_jax.inference.session import Session
 
 Picture = str | Path | Image.Image | np.ndarray
 BROKEN = "\ufffd"
+LONGEST_CHARACTER = 4
+"""Bytes of the longest character in UTF-8, each of which may be a token."""
 
 
 @runtime_checkable
@@ -43,25 +45,52 @@ class TextStream:
     """Ids in pieces to text in pieces. All pieces together are the decoded text without white space around it.
 
     A character of several bytes may take several tokens: its piece waits for the last of them. White space waits for what follows it.
+
+    A byte that is part of no character becomes U+FFFD. A decoder may take the good bytes around it for broken ones too, so what follows
+    the text told so far is then decoded by itself, and without the bytes that cannot become a character any more.
     """
 
     def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer, self._ids, self._told = tokenizer, [], ""
+        self._tokenizer = tokenizer
+        self._first = True  # white space at the beginning of an answer is not told
+        self._restart([])
+
+    def _restart(self, ids: list[int]) -> None:
+        self._ids = ids  # of the window that is decoded at once
+        self._told = ""  # of the window's text
+        self._good_ids, self._space = 0, ""  # how many ids are text and white space without doubt, and the white space that waits
 
     def feed(self, ids: np.ndarray) -> str:
         """The text that these ids complete; may be empty."""
-        self._ids += ids.tolist()
-        return self._tell(self._tokenizer.decode(self._ids).rstrip(BROKEN).strip())
+        pieces = []
+        for index in ids.tolist():
+            self._ids.append(index)
+            pieces.append(self._tell(LONGEST_CHARACTER))
+        return "".join(pieces)
 
     def end(self) -> str:
         """What is left when no more ids come."""
-        return self._tell(self._tokenizer.decode(self._ids).strip())
+        return self._tell(1)
 
-    def _tell(self, text: str) -> str:
-        if not text.startswith(self._told):
+    def _tell(self, patience: int) -> str:
+        """patience: how many ids may be no character together before the first of them is given up."""
+        whole = self._tokenizer.decode(self._ids)
+        whole = whole.lstrip() if self._first else whole
+        text = whole.rstrip(BROKEN).rstrip()
+        grown = text[len(self._told) :] if text.startswith(self._told) else ""
+        if grown or (whole.startswith(self._told) and not whole.endswith(BROKEN)):
+            self._told, self._good_ids = text, len(self._ids)
+            self._space = whole[len(text) :] if not whole.endswith(BROKEN) else ""
+            return grown
+        broken, space = self._ids[self._good_ids :], self._space
+        if len(broken) < patience:
             return ""
-        new, self._told = text[len(self._told) :], text
-        return new
+        self._first = False
+        if not text.startswith(self._told):
+            self._restart(broken)
+            return space + self._tell(patience)
+        self._restart(broken[1:])
+        return space + BROKEN + self._tell(patience)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -236,6 +237,14 @@ class Generator:
         self.layers = split_layers(self.params["decoder"]["blocks"]) if jax.default_backend() == "cpu" else None
         self.stop_ids, self.pad_id = np.asarray(stop_ids, np.int32), np.int32(pad_id)
 
+    def fingerprint(self) -> str:
+        """A digest of the model: its config, the compute dtype, and numbers taken from all over each parameter."""
+        digest = hashlib.sha256(repr((self.config, jnp.dtype(self.ops.dtype).name)).encode())
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
+            sample = np.asarray(leaf.reshape(-1)[:: max(1, leaf.size // 256)])
+            digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode() + sample.tobytes())
+        return digest.hexdigest()[:16]
+
     def rules(self, sampling: Sampling, draws: Sequence[int]) -> Rules:
         return Rules(sampling.numbers(), row_keys(sampling.seed, np.asarray(draws)), self.stop_ids, self.pad_id)
 
@@ -245,13 +254,16 @@ class Generator:
         """Prefills a batch, in pieces if it is long: logits after its slot `last`, and the cache.
 
         room: slots of a new cache. cache: one to append to instead, with room for the batch.
+
+        Raises ValueError for a token that the model's vocabulary does not have, and for more tokens than its context takes.
         """
+        self._check(batch, key_length)
         if "tiles" not in batch:  # all text: the plain layers, which compile sooner
             batch = {k: v for k, v in batch.items() if k != "token_types"}
         cut, logits = pieces(batch, self.piece, self.config.vision.tokens_per_tile), None
         for number, part in enumerate(cut):
             width = part["tokens"].shape[1]
-            part |= {"last": np.int32(min(last, width - 1)), "key_length": np.int32(key_length)}
+            part = {**part, "last": np.int32(min(last, width - 1)), "key_length": np.int32(key_length)}
             last -= width
             if cache is None:
                 logits, begun = prefill(self.graphdef, self.params, part, ops=self.ops, room=room)
@@ -260,6 +272,19 @@ class Generator:
                 logits, cache = extend(self.graphdef, self.params, part, cache, ops=self.ops)
         assert cache is not None
         return logits, cache
+
+    def _check(self, batch: dict[str, np.ndarray], key_length: int) -> None:
+        decoder = self.config.decoder
+        if (largest := int(batch["tokens"].max())) >= decoder.vocab_size:
+            raise ValueError(
+                f"the prompt has the token id {largest}, and the model has a vocabulary of {decoder.vocab_size}; "
+                "its tokenizer is that of another model, or was given tokens that the model was not"
+            )
+        if key_length > decoder.max_position_embeddings and decoder.rope.scaling != "dynamic":
+            raise ValueError(
+                f"the prompt has {key_length} tokens, and the model takes {decoder.max_position_embeddings}; "
+                "shorten it, or give smaller images"
+            )
 
     def begin(self, logits: Any, cache: KVCache, lengths: np.ndarray, rules: Rules, columns: int) -> State:
         return begin(logits, cache, np.asarray(lengths, np.int32), rules, columns=columns, split=self.layers is not None)

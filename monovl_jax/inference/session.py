@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import threading
 import time
 from collections.abc import Generator as Stream
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,6 +23,23 @@ _resize = jax.jit(KVCache.resized, static_argnames="slots")
 
 SOON = 0.05
 """Seconds that a step of streaming aims at: the device makes one token, then twice as many at a time until a step takes so long."""
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Holds a Ctrl-C back until the end of the block. For what must happen whole: buffers that one call uses up and the next one needs."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    held: list[tuple[Any, ...]] = []
+    signal.signal(signal.SIGINT, lambda *arguments: held.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if held:
+            before(*held[0])
 
 
 class ContextFull(ValueError):
@@ -83,8 +105,9 @@ class Session:
         cache = self._with_room(read + slots + columns)
         rules, length = generator.rules(sampling, [draw]), past + len(turn.ids)
         logits, cache = generator.read(batch, length, len(prompt.ids) - 1, bucket(slots + columns, 128), cache)
-        self._cache, self._pending = cache, prompt.ids[:0]
-        self.tokens = np.concatenate([self.tokens, turn.ids]).astype(np.int32)
+        with uninterrupted():
+            self._cache, self._pending = cache, prompt.ids[:0]
+            self.tokens = np.concatenate([self.tokens, turn.ids]).astype(np.int32)
         state = generator.begin(logits, cache, np.array([length]), rules, columns)
         told, width = 0, 1
         try:
@@ -96,14 +119,16 @@ class Session:
                 if stopped or told >= new:
                     return
                 began = time.perf_counter()
-                state = generator.decode(state, rules, min(told + width, new))
+                with uninterrupted():  # decode uses the old state up
+                    state = generator.decode(state, rules, min(told + width, new))
                 jax.block_until_ready(state.step)
                 took = time.perf_counter() - began
                 width = width * 2 if took < SOON / 2 else max(1, width // 2) if took > SOON else width
         finally:
-            made, stopped = self._made(state)
-            self._cache, self._pending = state.cache, made[:0] if stopped else made[-1:]
-            self.tokens = np.concatenate([self.tokens, made])
+            with uninterrupted():
+                made, stopped = self._made(state)
+                self._cache, self._pending = state.cache, made[:0] if stopped else made[-1:]
+                self.tokens = np.concatenate([self.tokens, made])
 
     def _made(self, state: State) -> tuple[np.ndarray, bool]:
         """Ids made so far, without the stop token, and whether that has come."""

@@ -119,7 +119,7 @@ def _expert_linear(x: jax.Array, text: Params, visual: Params | None, name: str,
     if routing is None or visual is None or name not in visual:
         return ops.over_mesh(linear, name)(x, kernel, bias)
     visual_kernel, visual_bias = parts(visual)
-    return ops.over_mesh(ops.routed_linear, name)(x, (kernel, visual_kernel), routing, (bias, visual_bias))
+    return ops.over_mesh(ops.by_expert(ops.routed_linear), name)(x, (kernel, visual_kernel), routing, (bias, visual_bias))
 
 
 def attention_layer(
@@ -171,7 +171,7 @@ def mlp_layer(p: Params, x: Float[Array, "b t d"], routing: Routing | None, ops:
     text, visual = p["text"], p.get("visual")
     if routing is None or visual is None:
         return ops.over_mesh(swiglu, "mlp")(x, text["gate"], text["up"], text["down"])
-    routed = functools.partial(ops.routed_swiglu, recomputed=ops.remat == "full")
+    routed = ops.by_expert(ops.routed_swiglu, recomputed=ops.remat == "full")
     return ops.over_mesh(routed, "mlp")(x, tuple((w["gate"], w["up"], w["down"]) for w in (text, visual)), routing)
 
 

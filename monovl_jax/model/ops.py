@@ -28,7 +28,8 @@ def _on_one_device(f: Callable[..., Any], part: str) -> Callable[..., Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Ops:
-    """How the model computes. The defaults run anywhere on one device.
+    """How the model computes: a value, equal for equal fields, so that it can be a static argument of `jax.jit`. The defaults run anywhere
+    on one device.
 
     dtype: of activations and of the weights in a matmul; norms, softmax, rotary tables and logits are float32 regardless.
     remat: what the backward pass of a layer recomputes: nothing, all but attention output, gate and up, or everything.
@@ -54,6 +55,9 @@ class Ops:
     def __post_init__(self) -> None:
         if self.remat not in ("none", "save_projections", "full"):
             raise ValueError(f"remat is {self.remat!r}; use 'none', 'save_projections' or 'full'")
+
+    def by_expert(self, layer: Callable[..., jax.Array], **options: Any) -> Callable[..., jax.Array]:
+        """`routed_linear` or `routed_swiglu` with the implementation chosen here, and further options of its own."""
         if self.implementation is not None:
-            for name in ("routed_linear", "routed_swiglu"):
-                object.__setattr__(self, name, functools.partial(getattr(self, name), implementation=self.implementation))
+            options["implementation"] = self.implementation
+        return functools.partial(layer, **options) if options else layer

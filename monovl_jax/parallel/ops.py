@@ -71,8 +71,20 @@ gather_weight.defvjp(_gather_fwd, _gather_bwd)
 
 
 @dataclasses.dataclass(frozen=True)
+class _Constrain:
+    """`Ops.constrain` of one mesh."""
+
+    mesh: Mesh
+
+    def __call__(self, x: jax.Array, kind: str) -> jax.Array:
+        """[B, T, ...]: rows over data and fsdp; heads (axis 2) and logits (the last) over tensor."""
+        spec = {"tokens": P(ROWS), "heads": P(ROWS, None, "tensor"), "logits": P(ROWS, *[None] * (x.ndim - 2), "tensor")}[kind]
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+
+
+@dataclasses.dataclass(frozen=True)
 class _OverMesh:
-    """`Ops.over_mesh` and `Ops.constrain` of one mesh."""
+    """`Ops.over_mesh` of one mesh."""
 
     mesh: Mesh
     dtype: Any
@@ -91,11 +103,6 @@ class _OverMesh:
             "nll": self.nll,
         }.get(part)
         return partial(self.layer, f, part) if run is None else partial(run, f)
-
-    def constrain(self, x: jax.Array, kind: str) -> jax.Array:
-        """[B, T, ...]: rows over data and fsdp; heads (axis 2) and logits (the last) over tensor."""
-        spec = {"tokens": P(ROWS), "heads": P(ROWS, None, "tensor"), "logits": P(ROWS, *[None] * (x.ndim - 2), "tensor")}[kind]
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
 
     def shard(self, f: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
         """`shard_map` without its check of what varies over which axis: kernels do not say."""
@@ -208,4 +215,4 @@ def mesh_ops(ops: Ops, mesh: Mesh) -> Ops:
     if mesh.size == 1:
         return ops
     over = _OverMesh(mesh, ops.dtype, keep_gathered=ops.remat != "none" or mesh.shape["fsdp"] == 1)
-    return dataclasses.replace(ops, over_mesh=over, constrain=over.constrain)
+    return dataclasses.replace(ops, over_mesh=over, constrain=_Constrain(mesh))

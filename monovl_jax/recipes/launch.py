@@ -271,6 +271,20 @@ class OwnData:
                 self.say(f"note: META.json says that {name!r} has {data.length} samples; {data.annotation} has {good + bad}")
         return self._made[key]
 
+    def _check_not_empty(self, stage: Stage, needed: Mapping[str, First]) -> None:
+        """Raises LaunchError when a data set that must give samples has none, with the reason."""
+        for name, first in needed.items():
+            if len(first):
+                continue
+            source, data = first.source, self.sets[name]
+            assert isinstance(source, JsonlSource | PreparedSource)
+            if len(source):
+                why = f"repeat_time {data.repeat_time} of its {len(source)} good samples leaves none; raise it"
+            else:
+                line, reason = source.first_rejected or (0, "it is empty")
+                why = f"{source.rejected} bad ones, the first in line {line}: {reason} All are listed in {self.bad.path}"
+            raise LaunchError(f"the data set {name!r} ({data.annotation}) has no sample to train on: {why}")
+
     def _progress(self, name: str) -> Callable[[int, int], None]:
         spoke = [time.monotonic()]
 
@@ -285,6 +299,7 @@ class OwnData:
         names = list(self.sets) if EVERYTHING in mixture else list(mixture)
         sources = {name: self.source(name, tokens, tiles) for name in names}
         sizes = {name: len(first) * max(1.0, self.sets[name].repeat_time) for name, (_, first) in sources.items()}
+        self._check_not_empty(stage, {name: first for name, (_, first) in sources.items() if name in mixture or not any(sizes.values())})
         weights = shares(dict(mixture), sizes)
         rows = self.summary.setdefault(stage.name, [])
         kind = "text" if any(row["rows"] == "main" for row in rows) else "main"

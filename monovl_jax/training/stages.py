@@ -15,6 +15,9 @@ Schedule = Literal["constant", "cosine"]
 LossWeighting = Literal["token", "sample", "square"]
 
 
+MOST_SEEDS = 1 << 32
+
+
 class RecipeError(ValueError):
     """A recipe that cannot run; the message names stage, field and mend."""
 
@@ -75,6 +78,7 @@ class Stage:
         for field in ("b1", "b2"):
             require(0 <= getattr(self, field) < 1, f"{field} is {getattr(self, field)}; it must be in [0, 1)")
         require(0 <= self.final_fraction <= 1, f"final_fraction is {self.final_fraction}; it must be in [0, 1]")
+        require(0 <= self.seed < MOST_SEEDS, f"seed is {self.seed}; give a number from 0 to {MOST_SEEDS - 1}")
         require(self.weight_decay >= 0, f"weight_decay is {self.weight_decay}; it must not be negative")
         require(self.schedule in ("constant", "cosine"), f"schedule is {self.schedule!r}; use 'constant' or 'cosine'")
         require(
@@ -110,6 +114,8 @@ class Recipe:
     copy_experts_before: str | None = None
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < MOST_SEEDS:
+            raise RecipeError(f"recipe {self.name!r}: seed is {self.seed}; give a number from 0 to {MOST_SEEDS - 1}")
         names = [stage.name for stage in self.stages]
         if not names:
             raise RecipeError(f"recipe {self.name!r} has no stage; give at least one")

@@ -51,7 +51,7 @@ BAD = {
     "does not exist": line("no.png"),
     "is empty (0 bytes)": line("empty.png"),
     "'image' must be": line(3),
-    "empty or not text": line(""),
+    "empty or not text": line([""]),
     "1 <image> for 2": line(["a.png", "a.png"]),
     "2 <image> for 1": line("a.png", question="<image><image>"),
     "1 <image> for 0": line(None),
@@ -144,3 +144,17 @@ def test_wrong_places_are_errors(root: Path) -> None:
         JsonlSource(write(root, GOOD), tiny_encoding(), image_root=root / "none")
     with pytest.raises(SampleError, match="not valid JSON"):
         parse_line(b"[" * 100_000)
+
+
+@pytest.mark.parametrize("field", ["images", "video", "videos", "audio"])
+def test_media_that_is_not_read_is_refused(field: str) -> None:
+    """Such a sample would be trained as text alone."""
+    turns = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "a"}]
+    with pytest.raises(SampleError, match=f"has '{field}', which is not read"):
+        parse_line(json.dumps({"conversations": turns, field: ["a.png"]}).encode())
+    assert parse_line(json.dumps({"conversations": turns, field: []}).encode()).images == []
+
+
+def test_an_empty_image_is_a_sample_of_text() -> None:
+    turns = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "a"}]
+    assert parse_line(json.dumps({"conversations": turns, "image": ""}).encode()).images == []

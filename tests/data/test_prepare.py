@@ -383,6 +383,11 @@ def bomb(folder: Path) -> None:
     rewrite(folder, change, sign=True)
 
 
+def rejected_by_a_device(folder: Path) -> None:
+    (folder / "rejected.jsonl").unlink()
+    (folder / "rejected.jsonl").symlink_to("/dev/zero")
+
+
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "shard-00001.arrayrecord is missing": lambda folder: (folder / "shard-00001.arrayrecord").unlink(),
     "shard-00002.npz is missing": lambda folder: (folder / "shard-00002.npz").unlink(),
@@ -403,6 +408,12 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "does not list the 7 records": lambda folder: rewrite(folder, lambda m: m["shards"][0].update(records=7), sign=True),
     "rejected.jsonl lists 1 samples, the manifest says 6": lambda folder: (folder / "rejected.jsonl").write_text('{"line":1,"reason":"x"}'),
     "rejected.jsonl cannot be read": lambda folder: (folder / "rejected.jsonl").write_text("no"),
+    "rejected.jsonl cannot be read (FileNotFoundError": lambda folder: (folder / "rejected.jsonl").unlink(),
+    "rejected.jsonl is no regular file": rejected_by_a_device,
+    "rejected.jsonl cannot be read (TypeError": lambda folder: (folder / "rejected.jsonl").write_text("null\n"),
+    "rejected.jsonl was changed": lambda folder: (folder / "rejected.jsonl").write_text(
+        (folder / "rejected.jsonl").read_text().replace("does", "did", 1)
+    ),
     "no index of a shard (ValueError: it is compressed)": bomb,
 }
 
@@ -413,6 +424,19 @@ def test_damage_is_named_before_training(copied: Path, message: str) -> None:
     with pytest.raises(MetaError) as caught:
         PreparedSource(copied, tiny_encoding())
     assert message in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+def test_verify_reads_the_rejected_samples(copied: Path) -> None:
+    (copied / "rejected.jsonl").unlink()
+    with pytest.raises(MetaError, match=r"rejected\.jsonl cannot be read"):
+        verify(copied, lambda text: None)
+
+
+def test_folders_of_the_first_version_are_read(copied: Path) -> None:
+    """Their manifest has no digest of the rejected samples."""
+    rewrite(copied, lambda m: m.pop("rejected_sha256"), sign=True)
+    verify(copied, lambda text: None)
+    assert len(PreparedSource(copied, tiny_encoding()))
 
 
 def test_another_tokenizer_or_template_is_refused(home: Path) -> None:

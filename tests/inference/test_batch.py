@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from monovl_jax.data.errors import SampleError
-from monovl_jax.inference.batch import BatchError, Summary, answer_file, finished_ids, parse_job
+from monovl_jax.inference.batch import BatchError, Summary, answer_file, finished_answers, parse_job
 from monovl_jax.inference.sampling import Sampling
 from tests.data.helpers import save_picture
 from tests.inference.helpers import quick, small_model
@@ -113,4 +113,39 @@ def test_an_output_of_something_else_is_left_alone(source: Path) -> None:
     assert target.read_text() == '{"id": 1}\nhello\n{"id": 2}\n'
     with pytest.raises(BatchError, match="cannot be used"):
         run(source.parent / "missing.jsonl")
-    assert finished_ids(source.parent / "new") == set()
+    assert finished_answers(source.parent / "new") == {}
+
+
+def test_answers_belong_to_model_settings_and_question(source: Path) -> None:
+    run(source)
+    for change, message in (
+        ({"sampling": Sampling(temperature=1.0)}, "with other settings"),
+        ({"sampling": Sampling(repetition_penalty=2.0)}, "with other settings"),
+    ):
+        with pytest.raises(BatchError, match=message):
+            run(source, **change)
+    text = source.read_text()
+    source.write_text(text.replace('"one"', '"uno"'))
+    with pytest.raises(BatchError, match="answers another question under the id 1"):
+        run(source)
+    source.write_text(text.replace('"sub/b.png"', '"a.png"'))
+    with pytest.raises(BatchError, match=r"the answer to 4 was made .* about other images"):
+        run(source)
+    source.write_text(text)
+    target = source.parent / "out.jsonl"
+    lines = [json.loads(line) for line in target.read_text().splitlines()]
+    target.write_text("".join(json.dumps({k: v for k, v in line.items() if k != "key"}) + "\n" for line in lines))
+    assert run(source)[0] == Summary(skipped=5), "answers of version 0.1.0 have no key"
+
+
+def test_another_model_has_another_fingerprint() -> None:
+    import jax
+
+    made = small_model().generator
+    first = made.fingerprint()
+    assert first == made.fingerprint()
+    params, made.params = made.params, jax.tree.map(lambda x: x * 1.01, made.params)
+    try:
+        assert made.fingerprint() != first
+    finally:
+        made.params = params

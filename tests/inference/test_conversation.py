@@ -61,6 +61,16 @@ def test_bytes_that_are_no_text_come_at_the_end() -> None:
     assert set(stream.end()) == {"\ufffd"}
 
 
+@pytest.mark.parametrize("broken", [b"\xe5", b"\xff\xfe", "好".encode()[:2]])
+@pytest.mark.parametrize("size", [1, 3, 50])
+def test_what_follows_a_broken_character_is_not_lost(broken: bytes, size: int) -> None:
+    """A ByteFallback decoder takes the good bytes before a broken one for broken too."""
+    data = "hi 好".encode() + broken + b" and the rest"
+    ids, stream = np.frombuffer(data, np.uint8).astype(np.int32), TextStream(bytes_tokenizer())
+    text = "".join([*(stream.feed(ids[at : at + size]) for at in range(0, len(ids), size)), stream.end()])
+    assert text.startswith("hi 好\ufffd") and text.endswith("\ufffd and the rest")
+
+
 # ---- conversations
 
 
@@ -146,7 +156,7 @@ def test_a_chat(tmp_path: Path) -> None:
     for exchange in made.conversation.exchanges:
         assert printable(exchange.answer) in out
     saved = json.loads((tmp_path / "talk.json").read_text())
-    assert [t["from"] for t in saved["conversations"]] == ["human", "gpt"] * 2 and saved["image"] == [str(tmp_path / "a b.png")]
+    assert [t["from"] for t in saved["conversations"]] == ["human", "gpt"] * 2 and saved["image"] == ["a b.png"]
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
@@ -155,6 +165,15 @@ def test_a_saved_chat_is_training_data(tmp_path: Path) -> None:
 
     chat(["hello?", f"/save {tmp_path / 'talk.json'}"])
     assert [t.role for t in parse_turns(json.loads((tmp_path / "talk.json").read_text())["conversations"])] == ["user", "assistant"]
+
+
+def test_images_from_elsewhere_are_copied_beside_a_saved_chat(tmp_path: Path) -> None:
+    save_picture(tmp_path / "far/a.png")
+    (tmp_path / "near").mkdir()
+    chat([f"/image {tmp_path / 'far/a.png'}", "what?", f"/save {tmp_path / 'near/talk.json'}"])
+    (name,) = json.loads((tmp_path / "near/talk.json").read_text())["image"]
+    assert name == "talk_images/0.png"
+    assert (tmp_path / "near" / name).read_bytes() == (tmp_path / "far/a.png").read_bytes()
 
 
 def test_mistakes_in_a_chat(tmp_path: Path) -> None:

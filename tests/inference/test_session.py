@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
@@ -108,3 +110,69 @@ def test_upstream_sends_late_pictures_to_the_text_experts() -> None:
     assert np.abs(rows[0] - rows[1])[:, : CONFIG.decoder.vocab_size].max() > 0.1
     np.testing.assert_array_equal(Session(generator())(TURNS[0], NEW), Session(generator(), as_upstream=True)(TURNS[0], NEW))
     assert (late.ids == 299).sum() == 2 * V and NEVER not in late.ids
+
+
+@pytest.mark.parametrize("attempts", [25, pytest.param(1000, marks=pytest.mark.slow)])
+def test_the_next_turn_works_after_any_interrupt(run_python: Callable[..., str], attempts: int) -> None:
+    """Real SIGINTs at random moments of an answer: the conversation goes on, and its next answer is that of all its tokens."""
+    printed = run_python(
+        f"""
+import os, signal, threading, time
+import numpy as np
+from monovl_jax.inference.generate import Generator
+from monovl_jax.inference.prompts import Prompt
+from monovl_jax.inference.session import Session
+from tests.inference.helpers import CONTEXT, NEVER, PAD, prompt
+from tests.model.helpers import REFERENCE, random_params, tiny_with
+
+config = tiny_with("none")
+made = Generator(config, random_params(config), REFERENCE, CONTEXT, [NEVER], PAD)
+first, second = prompt(9, 0, 0), prompt(5, 0, 1)
+for _ in range(3):
+    began = time.perf_counter()
+    warm = Session(made)
+    warm(first, 24), warm(second, 4)
+    took = time.perf_counter() - began
+rng, stopped = np.random.default_rng(0), 0
+for attempt in range({attempts}):
+    session = Session(made)
+    timer = threading.Timer(rng.uniform(0, took), os.kill, (os.getpid(), signal.SIGINT))
+    try:
+        timer.start()
+        for _ in session.stream(first, 24):
+            pass
+        time.sleep(took)
+    except KeyboardInterrupt:
+        stopped += 1
+    timer.join()
+    past = session.tokens
+    got = session(second, 4)
+    (want,) = made([Prompt(np.concatenate([past, second.ids]).astype(np.int32))], 4, slots=64)
+    assert np.array_equal(got, want), (attempt, past, got, want)
+print(stopped)
+"""
+    )
+    assert int(printed) == attempts
+
+
+def test_a_caller_keeps_its_batch() -> None:
+    from monovl_jax.inference.prompts import prompt_batch
+
+    made = generator()
+    batch = prompt_batch([prompt(6, 0, 0)], made.config.vision, made.context_id, 8)
+    before = set(batch)
+    made.read(batch, 6, 7, 16)
+    assert set(batch) == before
+
+
+def test_tokens_that_the_model_does_not_have_are_refused() -> None:
+    bad = Prompt(np.array([1, CONFIG.decoder.vocab_size], np.int32))
+    for ask in (lambda: generator()([bad], 2), lambda: Session(generator())(bad, 2)):
+        with pytest.raises(ValueError, match=r"the token id 300, and the model has a vocabulary of 300"):
+            ask()
+
+
+def test_a_prompt_beyond_the_context_is_refused() -> None:
+    long = Prompt(np.ones(CONFIG.decoder.max_position_embeddings + 1, np.int32))
+    with pytest.raises(ValueError, match=r"has 513 tokens, and the model takes 512"):
+        generator()([long], 2)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from functools import partial
@@ -288,7 +289,7 @@ def test_strict_stops_at_a_picture_that_does_not_decode(home: Path, tmp_path: Pa
     code, _, err = command(home, "one", strict=True, data=meta, run_dir=tmp_path / "run", check=True)
     assert code == 2 and "cut.jsonl:1: image" in err and "truncated" in err and "Traceback" not in err
     assert "cut.jsonl:1:" in refused(home, "one", strict=True, data=meta, verify_images=True)
-    assert "has no (good) sample" in refused(home, "one", data=meta, verify_images=True, run_dir=tmp_path / "other")
+    assert "has no sample to train on" in refused(home, "one", data=meta, verify_images=True, run_dir=tmp_path / "other")
 
 
 def test_recipes_that_cannot_be_found(home: Path) -> None:
@@ -516,3 +517,34 @@ def test_jpeg_recompression_depends_on_the_seed_alone() -> None:
     assert np.array_equal(once, recompress(tiles, (0, 5))) and not np.array_equal(once, recompress(tiles, (0, 6)))
     smooth = np.broadcast_to(np.arange(0, 160, 10, dtype=np.uint8)[:, None, None], (1, 16, 16, 3)).copy()
     assert np.abs(recompress(smooth, (1,)).astype(int) - smooth).max() < 16, "a smooth tile survives nearly unchanged"
+
+
+@pytest.mark.parametrize(
+    ("text", "settings", "message"),
+    [
+        (
+            b"[\n" + line(None).rstrip() + b"]\n",
+            {},
+            r"'only' .*d\.jsonl.* has no sample to train on: 2 bad ones, the first in line 1: .*bad_samples\.jsonl",
+        ),
+        (b"", {}, r"'only' .* has no sample to train on: 0 bad ones, the first in line 0: it is empty"),
+        (line(None, question="what") * 2, {"repeat_time": 0.1}, r"'only' .* repeat_time 0\.1 of its 2 good samples leaves none; raise it"),
+    ],
+)
+def test_a_data_set_without_samples_is_named(
+    text: bytes, settings: dict, message: str, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "d.jsonl").write_bytes(text)
+    (tmp_path / "META.json").write_text(json.dumps({"only": {"annotation": "d.jsonl", **settings}}))
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(RECIPE.replace('{"street": 3.0, "words": 1.0}', '{"*": 1.0}'))
+    code = cli.train(f"{recipe}:one", data=tmp_path / "META.json", tokenizer=home / "tokenizer", run_dir=tmp_path / "run", check=True)
+    assert code == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("seed", [-1, 1 << 32])
+def test_a_seed_that_nothing_can_use(seed: int) -> None:
+    recipe = find_recipe("evip")
+    with pytest.raises(RecipeError, match=f"seed is {seed}; give a number from 0 to 4294967295"):
+        adapted(recipe, (), None, seed)
