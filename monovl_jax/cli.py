@@ -414,9 +414,13 @@ def convert_export(
         stage: of a run, the stage whose model is written; the last finished one by default.
         step: of a run, also while it trains: a step checkpoint, or `latest` for what was saved last.
     """
+    from monovl_jax.convert.folders import missing_code
     from monovl_jax.pretrained import export
 
-    return _converted("export", lambda progress: export(src, dst, dtype, shard_gb, stage, step, progress=progress))
+    code = _converted("export", lambda progress: export(src, dst, dtype, shard_gb, stage, step, progress=progress))
+    if code == 0 and (absent := missing_code(dst)):
+        print(f"note: {dst} names code that {src} does not have; transformers needs {', '.join(absent)} copied there", file=sys.stderr)
+    return code
 
 
 def convert_init(

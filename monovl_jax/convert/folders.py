@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from monovl_jax import jsontext
 from monovl_jax.convert.errors import WeightsError
 from monovl_jax.data.tokenizer import FILES as TOKENIZER_FILES
 
@@ -19,8 +20,10 @@ CARRIED = (
     "preprocessor_config.json",
     "processor_config.json",
     "chat_template.json",
-    "chat_template.jinja",
     "LICENSE",
+    "LICENSE.txt",
+    "LICENSE.md",
+    "NOTICE",
 )
 """Files copied as they are in both directions, beside `config.json` and every `*.py` (data here: never imported, never run)."""
 
@@ -45,6 +48,24 @@ def carried_files(folder: Path) -> list[Path]:
     """The files of a model folder that travel with its weights, `config.json` not among them."""
     names = [*CARRIED, *sorted(path.name for path in folder.glob("*.py"))]
     return [path for name in names if (path := own_file(folder, name)) is not None]
+
+
+def missing_code(folder: Path) -> list[str]:
+    """Python files that `auto_map` of config.json or tokenizer_config.json names and the folder lacks: transformers cannot load it so.
+
+    Code of another repository (`owner/name--file.Class`) is no file of the folder. A file that cannot be read names nothing.
+    """
+    named: set[str] = set()
+    for file in ("config.json", "tokenizer_config.json"):
+        try:
+            content = jsontext.read(folder / file)
+        except (OSError, ValueError):
+            continue
+        classes = content.get("auto_map") if isinstance(content, dict) else None
+        for value in classes.values() if isinstance(classes, dict) else ():
+            entries = [entry for entry in (value if isinstance(value, list) else [value]) if isinstance(entry, str)]
+            named |= {f"{module}.py" for module in (entry.partition(".")[0] for entry in entries) if module.isidentifier()}
+    return sorted(named - {path.name for path in folder.glob("*.py")})
 
 
 def write_json(path: Path, value: Any) -> None:

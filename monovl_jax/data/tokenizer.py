@@ -30,6 +30,7 @@ FILES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+    "chat_template.jinja",
 )
 """What `save` copies, with every `tokenization_*.py` (copied for upstream's sake, never run here)."""
 

@@ -1,7 +1,8 @@
 """`monovl train`: a recipe on a user's own data. Everything that can be wrong is looked at before anything compiles.
 
-What it writes into the run directory, beside what `training.checkpoint` and `training.metrics` describe: `config.json` and the tokenizer's
-files, so that the directory is a model for `from_pretrained`; `data.json`, what each stage reads; `bad_samples.jsonl`; `index/`.
+What it writes into the run directory, beside what `training.checkpoint` and `training.metrics` describe: `config.json`, the tokenizer's
+files and those that travel with the first weights (`model_files`), so that the directory is a model, here and when exported; `data.json`,
+what each stage reads; `bad_samples.jsonl`; `index/`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import dataclasses
 import hashlib
 import logging
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -44,10 +44,11 @@ from monovl_jax.parallel.hosts import HostsError, in_turn
 from monovl_jax.parallel.mesh import MeshError, make_mesh, row_share
 from monovl_jax.recipes.feed import Feed
 from monovl_jax.recipes.find import adapted, find_recipe
+from monovl_jax.recipes.model_files import copy_files, model_files
 from monovl_jax.training import checkpoint
 from monovl_jax.training.checkpoint import RunError, StageStore, load_run, load_step, read_experiment, read_recipe, step_store
 from monovl_jax.training.devices import compiler_options
-from monovl_jax.training.files import AnyPath, is_remote
+from monovl_jax.training.files import AnyPath, is_remote, write_bytes
 from monovl_jax.training.files import place as located
 from monovl_jax.training.loop import Records, TrainingError, check_mesh, train
 from monovl_jax.training.profiling import parse_profile
@@ -324,6 +325,7 @@ class Launch:
     data: OwnData
     ops: Ops
     initial: Initial | None
+    files: list[AnyPath]
     identity: dict[str, Any]
     mesh: Mesh
     say: Say
@@ -332,15 +334,14 @@ class Launch:
         self._told = self.data.bad.count
 
     def write_files(self) -> None:
-        """Writes config.json, tokenizer and data.json into the run directory, by now ours."""
+        """Writes config.json, the files of the model and data.json into the run directory, by now ours."""
         if jax.process_index() == 0:
-            save_tokenizer(self.data.tokenizer, self.run_dir)
-            (self.run_dir / "config.json").write_text(config_to_json(self.recipe.model), encoding="utf-8")
+            copy_files(self.files, self.run_dir)
+            write_bytes(self.run_dir / "config.json", config_to_json(self.recipe.model).encode())
             checkpoint.write_json(self.run_dir / DATA, self.data.summary)
 
     def batches(self, stage: Stage, position: int) -> Iterator[tuple[Batch, ...]]:
         """The feed, with a line whenever a picture turned out broken when it was decoded."""
-        self.write_files()
         with contextlib.closing(self.feed(stage, position)) as batches:
             for batch in batches:
                 if self.data.bad.count > self._told:
@@ -379,6 +380,7 @@ class Launch:
             frozen_dtype=self.ops.dtype,
             mesh=self.mesh,
             identity=self.identity,
+            claimed=self.write_files,
             checkpoint_every=checkpoint_every,
             **options,
         )
@@ -396,17 +398,6 @@ def run_options(profile: str | None, xla_option: Sequence[str], say: Say = print
     if options:
         say(f"XLA options: {' '.join(f'{name}={value}' for name, value in options.items())}")
     return {"profile": steps, "xla_options": options}
-
-
-def save_tokenizer(tokenizer: Tokenizer, folder: AnyPath) -> None:
-    """Writes a tokenizer's files into a folder, which may lie in a bucket."""
-    if isinstance(folder, Path):
-        tokenizer.save(folder)
-        return
-    with tempfile.TemporaryDirectory() as near:
-        tokenizer.save(near)
-        for file in Path(near).iterdir():
-            (folder / file.name).write_bytes(file.read_bytes())
 
 
 def make_ops(dtype: str | None = None, remat: str | None = None) -> Ops:
@@ -510,6 +501,7 @@ def prepare(
     except ValueError as error:
         raise LaunchError(str(error)) from None
     check_tokenizer(words, chosen.model, folder)
+    files = model_files(folder, None if init is None else located(init))
     given = Path("runs") / chosen.name if run_dir is None else run_dir
     place = located(given) if is_remote(given) else Path(given)
     near = place if isinstance(place, Path) else Path("runs") / chosen.name  # for the index and what is appended to: not in a bucket
@@ -551,4 +543,4 @@ def prepare(
     data, feed = in_turn(index)
     check_same_data(place, data.summary)
     initial = None if start is None else partial(start.load, grid)
-    return Launch(chosen, place, feed, data, make_ops(dtype, remat), initial, identity, grid, say)
+    return Launch(chosen, place, feed, data, make_ops(dtype, remat), initial, files, identity, grid, say)

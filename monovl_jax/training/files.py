@@ -54,15 +54,19 @@ def is_intact(record: Mapping[str, Any]) -> bool:
     return CHECKSUM not in record or sealed(record)[CHECKSUM] == record[CHECKSUM]
 
 
-def write_json(path: AnyPath, value: Any) -> None:
-    """Writes JSON so that a kill leaves the old file or the new one: by a rename, or by one object of a bucket, which is atomic."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+def write_bytes(path: AnyPath, data: bytes) -> None:
+    """Writes a file so that a kill leaves the old one or the new one: by a rename, or by one object of a bucket, which is atomic."""
     if is_remote(path):
-        path.write_text(text, encoding="utf-8")
+        path.write_bytes(data)
         return
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(data)
     os.replace(temporary, path)
+
+
+def write_json(path: AnyPath, value: Any) -> None:
+    """Writes JSON as `write_bytes` writes."""
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def remove_tree(path: AnyPath) -> None:

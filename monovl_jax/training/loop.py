@@ -338,6 +338,7 @@ def train(
     mesh: Mesh | None = None,
     nll: Nll = next_token_nll,
     identity: Mapping[str, Any] | None = None,
+    claimed: Callable[[], None] | None = None,
     checkpoint_every: int = 500,
     keep: int = 2,
     milestone_every: int | None = None,
@@ -365,6 +366,7 @@ def train(
       mesh: all devices on the axis `data` by default.
       nll: the objective; see `training.step.Nll`.
       identity: what else decides the numbers (fingerprints of data, of initial weights), JSON values; another one, another experiment.
+      claimed: called once `run_dir` belongs to this run and no other process holds it, before anything compiles: writes files of its own.
       checkpoint_every: steps between checkpoints. keep: how many of them stay. milestone_every: those whose step it divides stay for good.
       evaluate_every: steps between calls of `evaluate` in the middle of a stage. log_every: steps between rows.
       max_skipped: so many updates in a row that are not finite stop the run. stall_seconds: a wait that is reported (`guards.Watchdog`).
@@ -418,6 +420,8 @@ def train(
     wanted = checkpoint.experiment(recipe, numbers)
     in_turn(lambda: checkpoint.claim_run(run_dir, wanted))
     with checkpoint.run_lock(run_dir):
+        if claimed is not None:
+            in_turn(claimed)
         return _train(run, progress, tensorboard, stall_seconds)
 
 

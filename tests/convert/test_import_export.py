@@ -14,12 +14,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from monovl_jax import cli
 from monovl_jax.config import config_from_json, config_to_json, mono_internvl_2b, read_config, tiny
 from monovl_jax.convert import checkpoint
 from monovl_jax.convert.arrays import FLOATS
 from monovl_jax.convert.checkpoint import flatten, load_imported
 from monovl_jax.convert.errors import WeightsError
 from monovl_jax.convert.exporter import export_model, export_params, export_tree, state_dict_order
+from monovl_jax.convert.folders import missing_code
 from monovl_jax.convert.importer import import_model
 from monovl_jax.convert.key_table import tree_from_upstream, upstream_shapes
 from monovl_jax.convert.safetensors_out import Tensor, divide, index_text
@@ -49,6 +51,27 @@ def there_and_back(src: Path, tmp: Path, **options: Any) -> None:
     for name in ("config.json", "generation_config.json", "added_tokens.json", "tokenization_x.py"):
         if (src / name).is_file():
             assert (exported / name).read_bytes() == (src / name).read_bytes()
+
+
+def test_an_export_says_which_code_it_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What `auto_map` names and the source does not have: transformers would fail to load the folder, and nothing said why."""
+    source = write_model(tmp_path / "source", variant(), random_upstream(variant()))
+    config = json.loads((source / "config.json").read_text())
+    config["auto_map"] = {"AutoModel": "modeling_x.Model", "AutoConfig": "them/there--configuration_x.Config", "AutoProcessor": 3}
+    (source / "config.json").write_text(json.dumps(config))
+    words = {"auto_map": {"AutoTokenizer": ["tokenization_x.Slow", None]}}
+    (source / "tokenizer_config.json").write_text(json.dumps(words))
+    model = import_model(source, tmp_path / "model")
+    assert cli.convert_export(model, tmp_path / "out") == 0
+    assert (
+        f"note: {tmp_path / 'out'} names code that {model} does not have; transformers needs modeling_x.py copied"
+        in capsys.readouterr().err
+    )
+    (tmp_path / "out" / "modeling_x.py").touch()
+    assert missing_code(tmp_path / "out") == []
+    (tmp_path / "out" / "config.json").write_text("[" * 100_000)
+    (tmp_path / "out" / "tokenization_x.py").unlink()
+    assert missing_code(tmp_path / "out") == ["tokenization_x.py"]
 
 
 # ---- identity

@@ -29,12 +29,14 @@ from monovl_jax.data.prepare import prepare as prepare_data
 from monovl_jax.data.sources import BadSamples
 from monovl_jax.data.tiling import TilingConfig
 from monovl_jax.model import Ops
-from monovl_jax.pretrained import from_pretrained
+from monovl_jax.pretrained import export, from_pretrained
 from monovl_jax.recipes import launch
 from monovl_jax.recipes.find import adapted, find_recipe
+from monovl_jax.recipes.model_files import model_files
 from monovl_jax.training.metrics import read_log
 from monovl_jax.training.stages import RecipeError
 from monovl_jax.training.trainable import digests
+from tests.convert.helpers import random_upstream, write_model
 from tests.data.helpers import line, save_picture, tiny_tokenizer
 
 RECIPE = '''
@@ -345,6 +347,97 @@ def test_the_vocabulary_must_have_the_picture_tokens(home: Path, tmp_path: Path)
     text = (home / "tokenizer" / "tokenizer.json").read_text().replace("<IMG_CONTEXT>", "<SOMETHING>")
     (tmp_path / "tokenizer.json").write_text(text)
     assert "has no special token <IMG_CONTEXT>" in refused(home, tokenizer=tmp_path)
+
+
+CODE = "raise SystemExit('a file of the model folder was run')\n"
+TRAVELS = {
+    "generation_config.json": '{"eos_token_id": [2, 92542]}',
+    "preprocessor_config.json": '{"crop_size": 448}',
+    "chat_template.jinja": "{{ messages }}",
+    "chat_template.json": '{"chat_template": "{{ messages }}"}',
+    "special_tokens_map.json": "{}",
+    "LICENSE": "a licence",
+    "configuration_x.py": CODE,
+    "modeling_x.py": CODE,
+    "tokenization_x.py": CODE,
+}
+"""Beside weights, config.json and tokenizer.json: what other programs need, as it is."""
+
+
+@pytest.fixture(scope="module")
+def released(home: Path) -> Path:
+    """A folder in the released layout with everything that a public model has beside its weights."""
+    folder = write_model(home / "released", tiny(), random_upstream(tiny()))
+    (folder / "added_tokens.json").unlink()
+    tiny_tokenizer().save(folder)
+    for name, text in TRAVELS.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    (folder / "README.md").write_text("stays")
+    (folder / "code").mkdir()
+    (folder / "code" / "more.py").write_text(CODE)
+    return folder
+
+
+def weightless(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.suffix in (".json", ".py", ".jinja", "")}
+
+
+def claimed(home: Path, run: Path, start: Path) -> set[str]:
+    """Names of the files in a run directory when the first batch is asked for; nothing is trained."""
+    seen: list[set[str]] = []
+
+    def batches(self: launch.Launch, stage: Any, position: int) -> Iterator[Any]:
+        seen.append({path.name for path in run.iterdir()})
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch.Launch, "batches", batches)
+        code, _, err = command(home, run_dir=run, init=start, tokenizer=None, stages=("S1.1",), steps=1)
+    assert code == 130, err
+    return seen[0]
+
+
+def test_the_files_of_a_run_are_there_before_its_first_batch(home: Path, released: Path) -> None:
+    """They are written when the run is claimed, not by the thread that reads batches."""
+    assert claimed(home, home / "runs" / "claimed", released) >= {
+        *TRAVELS, "config.json", "tokenizer.json", "data.json", "experiment.json"
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_what_travels_with_a_model_reaches_its_runs_and_their_exports(home: Path, released: Path, tmp_path: Path) -> None:
+    """Released folder -> run -> export, and -> a run from that run: the same files, the same stop ids."""
+    first, second = home / "runs" / "first", home / "runs" / "again"
+    code, _, err = command(home, run_dir=first, init=released, tokenizer=None, stages=("S1.1",), steps=1)
+    assert code == 0, err
+    export(first, tmp_path / "out")
+    exported = weightless(tmp_path / "out")
+    assert exported.keys() == {*TRAVELS, "config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    claimed(home, second, first)
+    for found in (exported, weightless(second)):
+        assert {name: found[name].decode() for name in TRAVELS} == TRAVELS
+    assert json.loads(exported["generation_config.json"])["eos_token_id"] == [2, 92542]
+
+
+def test_with_a_tokenizer_of_its_own_a_run_mixes_no_tokenizers(home: Path, released: Path) -> None:
+    files = [(path.parent.name, path.name) for path in model_files(home / "tokenizer", released)]
+    of_tokenizer = {"special_tokens_map.json", "tokenization_x.py", "chat_template.jinja"}
+    assert sorted(files) == sorted(
+        [("tokenizer", "tokenizer.json"), ("tokenizer", "tokenizer_config.json")]
+        + [("released", name) for name in TRAVELS.keys() - of_tokenizer]
+    )
+    assert [path.name for path in model_files(home / "tokenizer", None)] == ["tokenizer.json", "tokenizer_config.json"]
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "modeling_x.py", "special_tokens_map.json"])
+def test_a_link_out_of_the_model_folder_is_not_followed(home: Path, released: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(released, tmp_path / "linked")
+    (tmp_path / "secret").write_text("{}")
+    (tmp_path / "linked" / name).unlink()
+    (tmp_path / "linked" / name).symlink_to(tmp_path / "secret")
+    message = refused(home, init=tmp_path / "linked", tokenizer=None)
+    assert f"{name} is a link to {tmp_path / 'secret'}, outside its folder" in message
 
 
 def test_foreign_run_directories(home: Path, trained: tuple[Path, str, str], tmp_path: Path) -> None:
