@@ -6,15 +6,19 @@ a character). Here there is one error, raised where the text is read.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import re
 import stat
+from collections.abc import Iterator
 from typing import Any
 
 MAX_BYTES = 256 << 20
 """Longest file that is read as one JSON value. The index of the largest released models takes 0.2 MB."""
+MAX_LINE_BYTES = 16 << 20
+"""Longest line of a file of lines."""
 MAX_DEPTH = 64
 """Deepest nesting of lists and objects."""
 MAX_DIGITS = 40
@@ -121,3 +125,27 @@ def read_bytes(path: os.PathLike[str], limit: int = MAX_BYTES) -> bytes:
 def read(path: os.PathLike[str], limit: int = MAX_BYTES, *, allow_nan: bool = False) -> Any:
     """The JSON value of a file (a byte order mark is skipped). Raises OSError (`read_bytes`) or JsonError (`loads`)."""
     return loads(read_bytes(path, limit).removeprefix(b"\xef\xbb\xbf"), allow_nan=allow_nan)
+
+
+def lines(stream: io.BufferedIOBase) -> Iterator[tuple[int, int, bytes]]:
+    """(line number from 1, offset of its first byte, bytes) of the lines that are not blank.
+
+    Of a line longer than MAX_LINE_BYTES one byte more than that is given, whatever its length; `line` refuses it.
+    """
+    offset, number = stream.tell(), 1
+    while raw := stream.readline(MAX_LINE_BYTES + 1):
+        size, tail = len(raw), raw
+        while len(tail) > MAX_LINE_BYTES and not tail.endswith(b"\n"):
+            tail = stream.readline(MAX_LINE_BYTES + 1)
+            size += len(tail)
+        if raw.strip():
+            yield number, offset, raw
+        offset += size
+        number += 1
+
+
+def line(raw: bytes) -> Any:
+    """The JSON value of one line (a byte order mark is skipped). Raises JsonError (`loads`), also for a line over MAX_LINE_BYTES."""
+    if len(raw) > MAX_LINE_BYTES:
+        raise JsonError(f"it has more than {MAX_LINE_BYTES:,} bytes")
+    return loads(raw.removeprefix(b"\xef\xbb\xbf"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import io
 import os
 from pathlib import Path
 
@@ -69,3 +70,19 @@ def test_nothing_else_reads_json(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "json":
             assert node.attr not in ("load", "loads", "JSONDecodeError"), f"{path}:{node.lineno}: read JSON by jsontext"
+
+
+def test_lines_of_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line beyond the limit is not read whole, and the next ones keep their numbers and places."""
+    monkeypatch.setattr(jsontext, "MAX_LINE_BYTES", 8)
+    data = b'{"a":1}\n\n' + b"[" * 8 + b"\n" + b"7" * 30 + b"\n[1]"
+    found = list(jsontext.lines(io.BytesIO(data)))
+    assert [(number, data[offset : offset + len(raw)] == raw) for number, offset, raw in found] == [
+        (1, True),
+        (3, True),
+        (4, True),
+        (5, True),
+    ]
+    assert [len(raw) for _, _, raw in found] == [8, 9, 9, 3] and jsontext.line(found[3][2]) == [1]
+    with pytest.raises(jsontext.JsonError, match="more than 8 bytes"):
+        jsontext.line(found[2][2])

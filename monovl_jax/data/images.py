@@ -1,4 +1,4 @@
-"""Reading pictures that may be missing, broken, huge or outside the data root.
+"""Reading images that may be missing, broken, huge, hostile or outside the data root.
 
 Every failure is a `SampleError` that names the file. Sizes come from the header alone, so that planning decodes no pixel.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import io
 import os
+import re
+import stat
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +26,10 @@ def check_image_name(root: str | Path, name: str) -> str:
     """`name` without a leading `./`. Raises SampleError if it is empty, absolute or contains `..`: root only stands in the message."""
     if not isinstance(name, str) or not name.strip() or "\0" in name:
         raise SampleError(f"image path {name!r} is empty or not text; give a path relative to the image root.")
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise SampleError(f"image path {name!r} holds half of a surrogate pair, which is no character; correct the path.") from None
     if os.path.isabs(name) or name.startswith(("\\", "~")) or (len(name) > 1 and name[1] == ":"):
         raise SampleError(f"image path {name!r} is absolute; give a path relative to the image root {root}.")
     if ".." in name.replace("\\", "/").split("/"):
@@ -46,54 +52,103 @@ def resolve_image_path(root: str | Path, name: str) -> Path:
 
 
 MAX_FILE_BYTES = 1 << 29
-"""Largest picture file that `read_image` takes: twice the decoded size of the largest picture."""
+"""Largest image file that is read: twice the decoded size of the largest image."""
+
+MAX_SIDE = 65_535
+"""Longest side of an image in pixels, as in JPEG. Pillow keeps a pointer and a block for every row: a PNG of 1 x 89,478,485 takes 5 GB."""
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+"""What is read. Pillow's other decoders run programs (EPS), hold images of another size inside (ICO, ICNS) or are seldom used."""
+
+MAX_SCANS = 32
+"""Most scans of a JPEG: each passes over the whole image again. Encoders write about ten."""
+
+MAX_RLE_PIXELS = 1 << 22
+"""Largest run-length coded BMP: Pillow decodes it in Python, byte by byte."""
+
+
+def _opened(path: str | Path) -> io.BufferedIOBase:
+    """A regular file, open for reading. A pipe, a socket or a device is refused before it is opened, which could wait for ever."""
+    try:
+        regular = stat.S_ISREG(mode := os.stat(path).st_mode)
+        if not regular and not stat.S_ISDIR(mode):
+            raise SampleError(f"image {path} is no regular file; give the path of an image.")
+        # what was a file a moment ago may be a pipe now
+        stream = os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb")
+    except FileNotFoundError:
+        raise SampleError(f"image {path} does not exist; correct the path or the image root.") from None
+    except IsADirectoryError:
+        raise SampleError(f"image {path} is a folder; give the path of an image.") from None
+    except SampleError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte or half of a character
+        raise SampleError(f"image {str(path)!r} cannot be opened ({type(error).__name__}: {error}); replace the file.") from None
+    found = os.fstat(stream.fileno())
+    if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_FILE_BYTES:
+        stream.close()
+        if not stat.S_ISREG(found.st_mode):
+            raise SampleError(f"image {path} is no regular file; give the path of an image.")
+        raise SampleError(f"image {path} is a file of more than {MAX_FILE_BYTES:,} bytes; shrink it.")
+    return stream
 
 
 def read_image(path: str | Path) -> bytes:
-    """The content of a picture file as it is. Raises SampleError for a missing, unreadable or too large file."""
-    try:
-        if not os.path.isdir(path) and os.path.exists(path) and not os.path.isfile(path):
-            raise SampleError(f"image {path} is no ordinary file; give the path of a picture.")
-        with open(path, "rb") as stream:
-            data = stream.read(MAX_FILE_BYTES + 1)
-    except FileNotFoundError:
-        raise SampleError(f"image {path} does not exist; correct the path or the image root.") from None
-    except IsADirectoryError:
-        raise SampleError(f"image {path} is a folder; give the path of a picture.") from None
-    except OSError as error:
-        raise SampleError(f"image {path} cannot be opened ({type(error).__name__}: {error}); replace the file.") from None
-    if len(data) > MAX_FILE_BYTES:
-        raise SampleError(f"image {path} is a file of more than {MAX_FILE_BYTES:,} bytes; shrink it.")
-    return data
+    """The content of an image file as it is. Raises SampleError for a missing, unreadable or too large file, and for a pipe or device."""
+    with _opened(path) as stream:
+        try:
+            return stream.read(MAX_FILE_BYTES)
+        except OSError as error:
+            raise SampleError(f"image {path} cannot be read ({type(error).__name__}: {error}); replace the file.") from None
 
 
-def _open(path: str | Path, max_pixels: int, data: bytes | None = None) -> Image.Image:
+def _open(path: str | Path, max_pixels: int, stream: io.BufferedIOBase) -> Image.Image:
+    """The image with its header read. `path` only names it; Pillow gets a stream, because it maps files into memory and then reads
+    pixels that a damaged file does not hold."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(path if data is None else io.BytesIO(data))
-    except FileNotFoundError:
-        raise SampleError(f"image {path} does not exist; correct the path or the image root.") from None
-    except IsADirectoryError:
-        raise SampleError(f"image {path} is a folder; give the path of a picture.") from None
+            warnings.simplefilter("ignore")  # of large images and damaged metadata
+            image = Image.open(stream, formats=FORMATS)
     except Image.DecompressionBombError:
         raise SampleError(_too_large(path, "more than 178 million pixels", max_pixels)) from None
     except Image.UnidentifiedImageError:
-        size = len(data) if data is not None else os.path.getsize(path) if os.path.isfile(path) else 0
+        size = stream.seek(0, os.SEEK_END)
         if size == 0:
             raise SampleError(f"image {path} is empty (0 bytes); copy it again.") from None
-        raise SampleError(f"image {path} ({size} bytes) is in no format that Pillow reads; convert it to PNG or JPEG.") from None
-    except (OSError, ValueError, SyntaxError, EOFError, TypeError, KeyError, IndexError, OverflowError) as error:
-        # Pillow's format plug-ins raise nearly anything on damaged headers.
+        raise SampleError(
+            f"image {path} ({size} bytes) is in no format that is read ({', '.join(FORMATS)}), or damaged; convert it to PNG or JPEG."
+        ) from None
+    except Exception as error:  # Pillow's decoders raise anything on damaged headers, struct.error and MemoryError included
         raise SampleError(f"image {path} cannot be opened ({type(error).__name__}: {error}); replace the file.") from None
     width, height = image.size
-    if width < 1 or height < 1:
+    try:
+        if width < 1 or height < 1:
+            raise SampleError(f"image {path} has no pixels ({width} x {height}); replace the file.")
+        if max(width, height) > MAX_SIDE:
+            raise SampleError(f"image {path} has {width} x {height} pixels, the limit of a side is {MAX_SIDE:,}; shrink or cut it.")
+        if width * height > max_pixels:
+            raise SampleError(_too_large(path, f"{width} x {height} = {width * height:,} pixels", max_pixels))
+        if width * height > MAX_RLE_PIXELS and any(tile[0] == "bmp_rle" for tile in getattr(image, "tile", ())):
+            raise SampleError(_too_large(path, f"{width} x {height} run-length coded pixels", MAX_RLE_PIXELS))
+    except SampleError:
         image.close()
-        raise SampleError(f"image {path} has no pixels ({width} x {height}); replace the file.")
-    if width * height > max_pixels:
-        image.close()
-        raise SampleError(_too_large(path, f"{width} x {height} = {width * height:,} pixels", max_pixels))
+        raise
     return image
+
+
+_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # in coded data 0xff is followed by 0 or a restart marker
+
+
+def _scans(jpeg: bytes) -> int:
+    """How many scans a JPEG file has, those of a preview in its metadata or of what follows its end not counted."""
+    at, scans = 2, 0
+    while scans <= MAX_SCANS and (found := _MARKER.search(jpeg, at)):
+        kind, at = found[1][0], found.end()
+        if kind == 0xD9:  # end of image
+            break
+        scans += kind == 0xDA
+        if kind not in (0x01, 0xD8):  # all others have a length
+            at += max(2, int.from_bytes(jpeg[at : at + 2], "big"))
+    return scans
 
 
 def _too_large(path: str | Path, what: str, max_pixels: int) -> str:
@@ -103,32 +158,61 @@ def _too_large(path: str | Path, what: str, max_pixels: int) -> str:
 def image_size(path: str | Path, max_pixels: int = MAX_PIXELS, data: bytes | None = None) -> tuple[int, int]:
     """(width, height) in pixels from the header of the file; data: its content, if that was read already (`path` only names it then).
 
-    Raises SampleError for a missing, empty, unreadable or too large file. A truncated file with a sound header passes.
+    Raises SampleError for a missing, empty, unreadable or too large file, and for a format that is not in FORMATS. A truncated file with a
+    sound header passes.
     """
-    with _open(path, max_pixels, data) as image:
+    with _opened(path) if data is None else io.BytesIO(data) as stream, _open(path, max_pixels, stream) as image:
         return image.size
 
 
 def load_image(path: str | Path, max_pixels: int = MAX_PIXELS, data: bytes | None = None) -> Image.Image:
-    """The decoded picture in mode RGB (upstream's `convert('RGB')`; EXIF orientation is ignored, as there).
+    """The decoded image in mode RGB (`to_rgb`; EXIF orientation is ignored, as upstream does).
 
-    data: the content of the file, if that was read already; `path` only names it then.
+    data: the content of the file, if that was read already; `path` only names it then. The same bytes give the same pixels either way.
 
-    Raises SampleError for a missing, empty, unreadable, truncated or too large file.
+    Raises SampleError as `image_size` does, and for a truncated file or one that takes too long to decode.
     """
-    with _open(path, max_pixels, data) as image:
+    data = read_image(path) if data is None else data
+    with _open(path, max_pixels, io.BytesIO(data)) as image:
+        size = image.size
+        if image.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > MAX_SCANS and _scans(data) > MAX_SCANS:
+            raise SampleError(f"image {path} is a JPEG of more than {MAX_SCANS} scans; save it again.")
         try:
-            return to_rgb(image)
-        except (OSError, ValueError, SyntaxError, EOFError, TypeError, KeyError, IndexError, OverflowError, MemoryError) as error:
+            rgb = to_rgb(image)
+        except SampleError as error:
+            raise SampleError(f"image {path}: {error}") from None
+        except Exception as error:  # as in _open
             raise SampleError(f"image {path} does not decode ({type(error).__name__}: {error}); replace the file.") from None
+        if rgb.size != size:
+            raise SampleError(f"image {path} has {size} pixels by its header and {rgb.size} decoded; replace the file.")
+        return rgb
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The picture in mode RGB, decoded; a copy unless it is RGB already."""
+    """The image in mode RGB, decoded; a copy unless it is RGB already.
+
+    Whole numbers of more than 8 bits count from 0 to 65,535 and are divided by 257; floats count from 0 to 1. Raises SampleError for
+    values outside. All other modes as Pillow's `convert("RGB")`: alpha is dropped.
+    """
     if image.mode == "RGB":
         image.load()
         return image
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65_535:
+            raise SampleError(f"its values go from {values.min()} to {values.max()}, only 0 to 65,535 are read; save it with 16 bits.")
+        return Image.fromarray(_EIGHT_BITS[values]).convert("RGB")
+    if image.mode == "F":
+        values = np.asarray(image)
+        if not (values.min() >= 0 and values.max() <= 1):  # NaN fails too
+            raise SampleError(
+                f"its values go from {values.min()} to {values.max()}, floats are read from 0 to 1; scale them, or save 8 bits."
+            )
+        return Image.fromarray(np.rint(values * np.float32(255)).astype(np.uint8)).convert("RGB")
     return image.convert("RGB")
+
+
+_EIGHT_BITS = ((np.arange(65_536) + 128) // 257).astype(np.uint8)  # of 16, rounded
 
 
 JPEG_QUALITIES = (75, 100)

@@ -64,12 +64,7 @@ def parse_line(raw: bytes) -> Record:
     An empty `image` is a sample of text, as upstream takes it (internvl_chat_finetune.py:538).
     """
     try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        where = f"byte {error.start + 1} is 0x{raw[error.start]:02x}"
-        raise SampleError(f"the line is not UTF-8 ({where}); convert the file to UTF-8.") from None
-    try:
-        entry = jsontext.loads(text)
+        entry = jsontext.line(raw)
     except jsontext.JsonError as error:
         raise SampleError(f"the line is not valid JSON ({error}); write one object per line.") from None
     if not isinstance(entry, dict):
@@ -230,12 +225,10 @@ class JsonlSource:
 
     def _raw_lines(self) -> Iterator[tuple[int, int, bytes]]:
         """(line number, offset, bytes) of the lines that are not blank."""
-        total, offset = self.path.stat().st_size, 0
+        total = self.path.stat().st_size
         with open(self.path, "rb") as stream:
-            for number, raw in enumerate(stream, 1):
-                if raw.strip():
-                    yield number, offset, raw
-                offset += len(raw)
+            for number, offset, raw in jsontext.lines(stream):
+                yield number, offset, raw
                 if self._progress is not None and number % 256 == 0:
                     self._progress(offset, total)
         if self._progress is not None:

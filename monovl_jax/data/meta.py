@@ -19,6 +19,7 @@ from typing import Any
 
 from monovl_jax import jsontext
 from monovl_jax.data.pictures import is_tar_root, tar_shards
+from monovl_jax.data.tiling import MAX_TILES
 
 EVERYTHING = "*"
 """In a stage's mixture: all data sets that it does not name."""
@@ -124,12 +125,21 @@ def _data_set(path: Path, name: str, entry: Any) -> DataSet:
     augment = entry.get("data_augment", False)
     require(isinstance(augment, bool), f": data_augment is {augment!r}; write true or false")
     repeat = entry.get("repeat_time", 1)
-    good = isinstance(repeat, int | float) and not isinstance(repeat, bool) and repeat > 0 and (repeat < 1 or repeat == int(repeat))
-    require(good, f": repeat_time is {repeat!r}; give a number between 0 and 1 (the first part) or a whole number (repeats)")
+    good = (
+        isinstance(repeat, int | float)
+        and not isinstance(repeat, bool)
+        and 0 < repeat <= 1_000_000
+        and (repeat < 1 or repeat == int(repeat))
+    )
+    require(
+        good, f": repeat_time is {repeat!r}; give a number between 0 and 1 (the first part) or a whole number up to 1,000,000 (repeats)"
+    )
     for field in ("max_dynamic_patch", "length"):
         value = entry.get(field)
         whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
         require(value is None or whole, f": {field} is {value!r}; give a whole number of at least 1")
+    tiles = entry.get("max_dynamic_patch") or 1
+    require(tiles <= MAX_TILES, f": max_dynamic_patch is {tiles}; at most {MAX_TILES} tiles an image are possible")
     return DataSet(name, folder, file, augment, repeat, entry.get("max_dynamic_patch"), entry.get("length"), prepared is not None)
 
 

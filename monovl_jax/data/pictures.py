@@ -10,6 +10,7 @@ is a link, a device or a sparse file is refused, and so is one with `..` or from
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import tarfile
 from pathlib import Path
@@ -117,7 +118,10 @@ def is_tar_root(root: Path) -> bool:
 
 def tar_shards(root: Path) -> list[Path]:
     """The tar files that a root names, by name; `*` stands in its last part."""
-    return sorted(path for path in root.parent.glob(root.name) if path.is_file())
+    try:
+        return sorted(path for path in root.parent.iterdir() if fnmatch.fnmatchcase(path.name, root.name) and path.is_file())
+    except OSError:
+        return []
 
 
 def open_pictures(root: Path) -> Pictures:
@@ -141,8 +145,10 @@ def _members(shard: Path, number: int) -> dict[str, tuple[int, int, int]]:
                 raise RootError(f"{shard} is damaged or cut off at byte {end:,}; copy it again")
     except RootError:
         raise
-    except (tarfile.TarError, EOFError, ValueError) as error:
-        raise RootError(f"{shard} is no whole, uncompressed tar file ({error}); make it again with `tar -cf`") from None
     except OSError as error:
         raise RootError(f"{shard} cannot be read ({type(error).__name__}: {error}); copy it again") from None
+    except RecursionError:
+        raise RootError(f"{shard} has long chains of headers that lead to no member; make it again with `tar -cf`") from None
+    except Exception as error:  # TarError, and nearly anything else on damaged headers
+        raise RootError(f"{shard} is no whole, uncompressed tar file ({error}); make it again with `tar -cf`") from None
     return found

@@ -27,6 +27,10 @@ NORMALIZATION: dict[str, tuple[tuple[float, float, float], tuple[float, float, f
 """(mean, standard deviation) of the RGB channels on the scale [0, 1], by upstream's normalize_type."""
 
 
+MAX_TILES, MAX_TILE_PIXELS = 256, 1 << 26
+"""Most tiles of an image, and most pixels of them together: far above every released model."""
+
+
 @dataclass(frozen=True)
 class TilingConfig:
     """How a picture becomes tiles.
@@ -50,6 +54,9 @@ class TilingConfig:
             raise ValueError(f"tile_size is {self.tile_size}; it must be at least 1.")
         if not 1 <= self.min_tiles <= self.max_tiles:
             raise ValueError(f"min_tiles {self.min_tiles} and max_tiles {self.max_tiles} must satisfy 1 <= min_tiles <= max_tiles.")
+        if self.max_tiles > MAX_TILES or self.max_tiles * self.tile_size**2 > MAX_TILE_PIXELS:
+            limits = f"{MAX_TILES} tiles or {MAX_TILE_PIXELS:,} pixels an image"
+            raise ValueError(f"max_tiles {self.max_tiles} of {self.tile_size} pixels are more than {limits}; lower one of them.")
         if self.normalization not in NORMALIZATION:
             raise ValueError(f"normalization {self.normalization!r} is unknown; use one of {', '.join(NORMALIZATION)}.")
 
@@ -75,7 +82,7 @@ def _grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
     pairs: set[tuple[int, int]] = set()
     for n in range(min_tiles, max_tiles + 1):
         for cols in range(1, n + 1):
-            for rows in range(1, n + 1):
+            for rows in range(1, min(n, max_tiles // cols) + 1):
                 if min_tiles <= cols * rows <= max_tiles:
                     pairs.add((cols, rows))
     return tuple(sorted(pairs, key=lambda pair: pair[0] * pair[1]))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from monovl_jax import jsontext
 from monovl_jax.config import ConfigError, ModelConfig, read_config
 from monovl_jax.convert.key_table import tree_to_upstream
 from monovl_jax.convert.weights import WeightsError, load_weights
+from monovl_jax.evaluation.parity_files import MAX_ARRAY_BYTES, case_file, read_arrays
 from monovl_jax.evaluation.parity_preprocess import Check, run_preprocess_case
 from monovl_jax.inference.generate import abstract_model, greedy
 from monovl_jax.model import Ops
@@ -27,6 +26,9 @@ from monovl_jax.training.losses import weighted_nll
 
 MODEL_GROUPS = ("mono_internvl", "mono_internvl_1_5")
 IGNORED_LABEL = -100
+
+MAX_SCORES = 1 << 26
+"""Most pairs of tokens (rows * tokens^2) of a batch: attention in float32 keeps one number per pair and head."""
 
 Arrays = dict[str, np.ndarray]
 
@@ -43,6 +45,16 @@ def run_case(folder: str | Path) -> list[Check]:
     folder = Path(folder)
     if not folder.is_dir():
         raise UnknownCase(f"{folder} is no folder; give the folder of a recorded case")
+    try:
+        return _run_case(folder)
+    except EXPECTED_ERRORS:
+        raise
+    except Exception as error:  # a wrong type or shape deep inside a case that somebody else wrote
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        raise UnknownCase(f"{folder} is no case that can be run ({reason}); record it again") from error
+
+
+def _run_case(folder: Path) -> list[Check]:
     case = _case_json(folder)
     if case is None or "compare" not in case:
         try:
@@ -72,8 +84,11 @@ def case_logits(folder: str | Path, dtype: Any) -> tuple[np.ndarray, np.ndarray]
 
 def _case_json(folder: Path) -> dict[str, Any] | None:
     path = folder / "case.json"
-    if not path.is_file():
-        return None
+    try:
+        if not case_file(folder, "case.json").exists():
+            return None
+    except ValueError as error:
+        raise UnknownCase(str(error)) from None
     try:
         case = jsontext.read(path)
     except (jsontext.JsonError, OSError) as error:
@@ -83,12 +98,11 @@ def _case_json(folder: Path) -> dict[str, Any] | None:
     return case
 
 
-def _arrays(path: Path) -> Arrays:
+def _arrays(folder: Path, name: str) -> Arrays:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise UnknownCase(f"{path} is no readable .npz file of plain arrays ({error})") from None
+        return read_arrays(folder, name)
+    except ValueError as error:
+        raise UnknownCase(str(error)) from None
 
 
 class _ModelCase:
@@ -96,7 +110,7 @@ class _ModelCase:
 
     def __init__(self, folder: Path, case: dict[str, Any], dtype: Any = jnp.float32):
         self.folder, self.case = folder, case
-        self.inputs, self.recorded = _arrays(folder / "inputs.npz"), _arrays(folder / "outputs.npz")
+        self.inputs, self.recorded = _arrays(folder, "inputs.npz"), _arrays(folder, "outputs.npz")
         if not any(name.endswith("input_ids") for name in self.inputs):
             raise UnknownCase(f"{folder / 'inputs.npz'}: there is no input_ids")
         if not isinstance(case["compare"], dict) or not case["compare"]:
@@ -124,11 +138,17 @@ class _ModelCase:
             raise UnknownCase(f"{self.folder / 'inputs.npz'}: {prefix}{name} has shape {array.shape}, but input_ids {shape}")
         return array
 
+    def _integers(self, name: str, array: np.ndarray) -> np.ndarray:
+        if array.dtype.kind not in "biu":
+            raise UnknownCase(f"{self.folder / 'inputs.npz'}: {name} is {array.dtype}; expected whole numbers")
+        return array
+
     def _token_id(self, name: str, default: Any) -> int:
         value = self.case.get(name, default)
         if value is None:
             raise UnknownCase(f"{self.folder / 'case.json'}: {name} is missing")
-        if np.ndim(value) or not np.issubdtype(np.asarray(value).dtype, np.integer):
+        whole = np.ndim(value) == 0 and np.issubdtype(np.asarray(value).dtype, np.integer)
+        if not whole or not 0 <= int(value) < 1 << 31:
             raise UnknownCase(f"{self.folder / 'case.json'}: {name} is {value!r}; expected a token id")
         return int(value)
 
@@ -137,11 +157,13 @@ class _ModelCase:
         ids = self._input("input_ids", prefix)
         if ids is None or ids.ndim != 2:
             raise UnknownCase(f"{self.folder / 'inputs.npz'}: {prefix}input_ids is missing or not [rows, tokens]")
-        rows, length = ids.shape
+        rows, length = self._integers(prefix + "input_ids", ids).shape
+        if rows * length**2 > MAX_SCORES:
+            raise UnknownCase(f"{self.folder / 'inputs.npz'}: {prefix}input_ids has {rows} rows of {length} tokens; record fewer")
         if ids.size == 0 or ids.min() < 0 or ids.max() >= self.config.decoder.vocab_size:
             raise UnknownCase(f"{self.folder / 'inputs.npz'}: {prefix}input_ids must lie in [0, {self.config.decoder.vocab_size})")
         mask = self._per_token("attention_mask", prefix, ids.shape)
-        mask = np.ones_like(ids) if mask is None else mask
+        mask = np.ones_like(ids) if mask is None else self._integers(prefix + "attention_mask", mask)
         positions = self._per_token("position_ids", prefix, ids.shape)
         positions = np.broadcast_to(np.arange(length), ids.shape) if positions is None else positions
         context = self._token_id("img_context_token_id", self.inputs.get(prefix + "img_context_token_id"))
@@ -225,11 +247,16 @@ class _ModelCase:
         labels, weights = self._input("labels"), self._input("loss_weight")
         if labels is None or (weighted and weights is None):
             raise UnknownCase(f"{self.folder}: a loss is compared, but inputs.npz has no {'loss_weight' if weighted else 'labels'}")
-        ids = self.inputs["input_ids"]
+        batch = self._batch()
         for name in ("labels", "loss_weight"):
-            self._per_token(name, "", ids.shape)
-        shifted = labels[:, 1:]
+            self._per_token(name, "", batch["tokens"].shape)
+        shifted = self._integers("labels", labels)[:, 1:]
         supervised = shifted != IGNORED_LABEL
+        asked = shifted[supervised]
+        if asked.size and not 0 <= asked.min() <= asked.max() < self.config.decoder.vocab_size:
+            raise UnknownCase(
+                f"{self.folder / 'inputs.npz'}: labels must be {IGNORED_LABEL} or lie in [0, {self.config.decoder.vocab_size})"
+            )
         w = weights[:, 1:].astype(np.float32) if weighted and weights is not None else supervised.astype(np.float32)
         total = w.sum()
         last = ((0, 0), (0, 1))
@@ -242,24 +269,33 @@ class _ModelCase:
             vocab = self.config.decoder.vocab_size
             return weighted_nll(flat, model.decoder.head_kernel(), targets, w, vocab) / total
 
-        arguments = self.params, self._batch(), targets.reshape(-1), w.reshape(-1), total
-        if not any(name.startswith("grad:") for name in self.case["compare"]):  # they would take as much memory as the model again
+        arguments = self.params, batch, targets.reshape(-1), w.reshape(-1), total
+        kind = "grad_weighted:" if weighted else "grad:"
+        if not any(name.startswith(kind) for name in self.case["compare"]):  # they would take as much memory as the model again
             return float(self._once("compiled loss", lambda: jax.jit(loss))(*arguments)), {}
         value, gradients = self._once("compiled loss", lambda: jax.jit(jax.value_and_grad(loss)))(*arguments)
         return float(value), dict(tree_to_upstream(self.config, jax.device_get(gradients)))
 
     def _generated(self) -> dict[str, np.ndarray]:
         ids = self.recorded.get("generated_ids", self.recorded.get("gen_scores"))
+        if ids is not None and ids.ndim < 2:
+            raise UnknownCase(f"{self.folder / 'outputs.npz'}: generated_ids or gen_scores has shape {ids.shape}; record them again")
         if ids is None:
             raise UnknownCase(f"{self.folder / 'outputs.npz'}: a generation is compared, but neither generated_ids nor gen_scores is there")
         steps = self.recorded["generated_ids"].shape[1] if "generated_ids" in self.recorded else ids.shape[0]
         batch: dict[str, Any] = self._batch()
+        scores = steps * len(batch["tokens"]) * self.config.decoder.vocab_size * 4
+        if scores > MAX_ARRAY_BYTES or (batch["tokens"].shape[1] + steps) ** 2 > MAX_SCORES:
+            raise UnknownCase(f"{self.folder / 'outputs.npz'}: {steps} generated tokens are too many for a case; record fewer")
         mask = batch["segment_ids"]
         batch["positions"] = np.where(mask, np.cumsum(mask, axis=1) - 1, 1).astype(np.float32)
         batch["key_length"] = np.int32(mask.shape[1])
-        eos = (self.case.get("generate") or {}).get("eos", [])
+        settings = self.case.get("generate") or {}
+        if not isinstance(settings, dict):
+            raise UnknownCase(f"{self.folder / 'case.json'}: generate is {settings!r}; expected null or an object")
+        eos = settings.get("eos", [])
         stop = np.asarray(eos).reshape(-1)
-        if stop.size and not np.issubdtype(stop.dtype, np.integer):
+        if stop.size and not (np.issubdtype(stop.dtype, np.integer) and 0 <= stop.min() <= stop.max() < 1 << 31):
             raise UnknownCase(f"{self.folder / 'case.json'}: generate.eos is {eos!r}; expected a token id or a list of them")
         made = greedy(
             self.graphdef,
@@ -276,11 +312,13 @@ class _ModelCase:
         return {"generated_ids": np.asarray(made.ids)[:, :n], "gen_scores": np.asarray(made.scores)[:n]}
 
     def _output(self, name: str) -> np.ndarray:
-        if name.startswith("grad:"):
-            gradients = self._once("loss", lambda: self._loss_and_gradients(False))[1]
-            if name[5:] not in gradients:
+        if name.startswith(("grad:", "grad_weighted:")):
+            kind, _, tensor = name.partition(":")
+            loss = "loss_weighted" if kind == "grad_weighted" else "loss"
+            gradients = self._once(loss, lambda: self._loss_and_gradients(kind == "grad_weighted"))[1]
+            if tensor not in gradients:
                 raise UnknownCase(f"{self.folder / 'case.json'}: {name} names no tensor of this model")
-            return gradients[name[5:]]
+            return gradients[tensor]
         if name in ("loss", "loss_weighted"):
             return np.asarray(self._once(name, lambda: self._loss_and_gradients(name == "loss_weighted"))[0], np.float32)
         if name in ("generated_ids", "gen_scores"):

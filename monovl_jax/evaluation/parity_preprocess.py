@@ -17,12 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from monovl_jax import jsontext
 from monovl_jax.data.chat import TEMPLATES, ChatTemplate, Role, Turn, build_prompt, encode_conversation, parse_turns
 from monovl_jax.data.errors import SampleError
+from monovl_jax.data.images import MAX_SIDE
 from monovl_jax.data.tiling import NORMALIZATION, TilingConfig, choose_grid, count_tiles, normalize, tile_image
 from monovl_jax.data.tokenizer import Tokenizer
+from monovl_jax.evaluation.parity_files import case_file, read_arrays
+
+MAX_LENGTH = 1 << 20
+"""Most tokens of a recorded conversation."""
 
 _RULES: dict[str, dict[str, bool]] = {
     "preprocess_internlm": dict(strip_text=True, empty_opens=True, ordered=True, system_turn=False),
@@ -51,9 +57,9 @@ def run_preprocess_case(case_dir: Path) -> list[Check]:
     """
     folder = Path(case_dir)
     for name, run in (("grids.json", _run_grids), ("prompts.json", _run_prompts)):
-        if (folder / name).is_file():
+        if case_file(folder, name).exists():
             return _guarded(folder, name, lambda folder=folder, name=name, run=run: run(_records(folder / name)))
-    if not (folder / "case.json").is_file():
+    if not case_file(folder, "case.json").exists():
         raise ValueError(f"{folder} holds none of grids.json, prompts.json and case.json; give the folder of a recorded preprocess case.")
     case = _json(folder / "case.json")
     if not isinstance(case, dict) or not ("function" in case or "images" in case):
@@ -69,6 +75,10 @@ def _guarded(folder: Path, name: str, run: Callable[[], list[Check]]) -> list[Ch
         checks = run()
     except KeyError as error:
         raise ValueError(f"{folder / name} lacks or does not know {error}; record the case again with this field.") from None
+    except ValueError:
+        raise
+    except Exception as error:  # a wrong type anywhere in what somebody else wrote
+        raise ValueError(f"{folder / name} is not understood ({type(error).__name__}: {error}); record the case again.") from None
     if not checks:
         raise ValueError(f"{folder / name} compares nothing; record at least one entry.")
     return checks
@@ -158,9 +168,12 @@ def _run_labels(folder: Path, case: dict) -> list[Check]:
     template = replace(_template(case["template"]), **_RULES[case["function"]])
     tokenizer = Tokenizer.from_folder(folder / "tokenizer")
     checks = [_exact(f"id of {token}", tokenizer.id_of(token), index) for token, index in case.get("special_ids", {}).items()]
-    with np.load(folder / "outputs.npz") as outputs:
-        for record in case["cases"]:
-            checks += _check_conversation(record, case, template, tokenizer, outputs)
+    _size(folder, "model_max_length", case["model_max_length"])
+    outputs = read_arrays(folder, "outputs.npz")
+    for record in case["cases"]:
+        for slots in record["num_image_token_list"]:
+            _size(folder, "num_image_token_list", slots)
+        checks += _check_conversation(record, case, template, tokenizer, outputs)
     return checks
 
 
@@ -199,10 +212,29 @@ def _run_tiles(folder: Path, case: dict) -> list[Check]:
     config = TilingConfig(case["image_size"], case["min_num"], case["max_num"], thumbnail, normalization=kind)
     whole = replace(config, dynamic=False, pad2square=bool(case["pad2square"]))
     checks = []
-    with np.load(folder / "inputs.npz") as inputs, np.load(folder / "outputs.npz") as outputs:
-        for record in case["images"]:
-            checks += _check_tiles(record, inputs[record["image"]], config, whole, outputs)
+    inputs, outputs = read_arrays(folder, "inputs.npz"), read_arrays(folder, "outputs.npz")
+    for record in case["images"]:
+        checks += _check_tiles(record, _as_upstream(record["image"], inputs[record["image"]]), config, whole, outputs)
     return checks
+
+
+def _size(folder: Path, name: str, value: Any) -> None:
+    if not isinstance(value, int) or not 0 <= value <= MAX_LENGTH:
+        raise ValueError(f"{folder / 'case.json'}: {name} holds {value!r}; it must be a whole number up to {MAX_LENGTH:,}.")
+
+
+def _as_upstream(name: str, array: np.ndarray) -> np.ndarray:
+    """uint8[H, W, 3] of a recorded image, by Pillow's `convert("RGB")` as upstream: alpha is dropped, values over 255 are cut.
+
+    array: uint8 [H, W], [H, W, 1], [H, W, 2] (grey and alpha), [H, W, 3] or [H, W, 4] (RGBA), or uint16 [H, W]. Raises ValueError else.
+    """
+    grey = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
+    known = (array.dtype == np.uint8 and (grey.ndim == 2 or (grey.ndim == 3 and grey.shape[2] in (2, 3, 4)))) or (
+        array.dtype == np.uint16 and grey.ndim == 2
+    )
+    if not known or not grey.size or max(grey.shape[:2]) > MAX_SIDE:
+        raise ValueError(f"the image {name!r} is {array.dtype}{list(array.shape)}; record uint8 grey, RGB or RGBA, or uint16 grey.")
+    return np.asarray(Image.fromarray(grey).convert("RGB"))
 
 
 def _check_tiles(record: dict, image: np.ndarray, config: TilingConfig, whole: TilingConfig, outputs: Any) -> list[Check]:

@@ -65,10 +65,10 @@ class Summary:
     bad: int = 0
 
 
-def parse_job(text: str, line: int, image_root: Path) -> Job:
+def parse_job(text: str | bytes, line: int, image_root: Path) -> Job:
     """Reads one line. Raises SampleError for anything but what the head of this file shows, or an image outside `image_root`."""
     try:
-        entry = jsontext.loads(text)
+        entry = jsontext.line(text.encode(errors="surrogatepass") if isinstance(text, str) else text)
     except ValueError as error:
         raise SampleError(f"is not valid JSON ({error}); write one object a line.") from None
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or not entry["prompt"].strip():
@@ -132,10 +132,12 @@ def answer_file(
     """
     image_root = source.parent if image_root is None else image_root
     try:
+        _check_regular(source)
+        _check_regular(target)
         total = sum(1 for _ in _lines(source))
         done = finished_answers(target)
         target.parent.mkdir(parents=True, exist_ok=True)
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise BatchError(f"{source} or {target} cannot be used ({error}); check the paths") from None
     summary, seen = Summary(), set()
     made_by = f"{generator.fingerprint()} {model.tokenizer.fingerprint()} {max_new_tokens} {sampling}"
@@ -202,10 +204,16 @@ def _check_answer(there: dict[str, Any], job: Job, key: str, target: Path) -> No
         )
 
 
-def _lines(source: Path) -> Iterator[tuple[int, str]]:
-    """(number, text) of the lines that are not blank."""
-    with open(source, encoding="utf-8") as file:
-        yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
+def _lines(source: Path) -> Iterator[tuple[int, bytes]]:
+    """(number, bytes) of the lines that are not blank."""
+    with open(source, "rb") as file:
+        yield from ((number, line) for number, _, line in jsontext.lines(file))
+
+
+def _check_regular(path: Path) -> None:
+    """A pipe cannot be read twice, and a device has no end."""
+    if path.exists() and not path.is_file():
+        raise BatchError(f"{path} is no regular file; give the path of a file of lines")
 
 
 def _by_bucket(jobs: Sequence[tuple[Job, Prompt]], piece: int) -> Iterator[tuple[tuple[int, int], list[tuple[Job, Prompt]]]]:

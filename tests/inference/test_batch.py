@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,24 @@ def test_bad_lines_are_counted_and_the_rest_is_answered(source: Path) -> None:
         said, ('no text "prompt"', "not valid JSON", "does not exist", "repeats the id 50", "more than the model's 512"), strict=True
     ):
         assert words in line and f"{source}, line " in line
+
+
+def test_hostile_lines_do_not_stop_the_file(source: Path) -> None:
+    """Bytes that are no UTF-8, deep nesting, endless numbers and half of a character are one bad line each."""
+    bad = [b'{"prompt": "\xe9"}', b"[" * 100_000, b'{"prompt": "x", "id": ' + b"9" * 5_000 + b"}", b'{"prompt": "\\ud800"}']
+    source.write_bytes(b"\xef\xbb\xbf" + b"\n".join(bad) + b"\n" + source.read_bytes())
+    summary, answers, said = run(source)
+    assert summary == Summary(answered=5, bad=4) and 50 in answers
+    for line, words in zip(said, ("not UTF-8", "nested more than 64", "5000 digits", "surrogate"), strict=True):
+        assert words in line
+
+
+@pytest.mark.parametrize("name", ["in.jsonl", "out.jsonl"])
+def test_pipes_are_refused_before_they_are_opened(name: str, source: Path) -> None:
+    (source.parent / name).unlink(missing_ok=True)
+    os.mkfifo(source.parent / name)
+    with pytest.raises(BatchError, match=f"{name} is no regular file"):
+        answer_file(small_model(), small_model().generator, source, source.parent / "out.jsonl", max_new_tokens=NEW)
 
 
 @pytest.mark.parametrize(

@@ -479,6 +479,9 @@ BAD_META = {
     "is not a folder": '{"a": {"annotation": "a.jsonl", "root": "b"}}',
     "data_augment is 1": '{"a": {"annotation": "a.jsonl", "data_augment": 1}}',
     "repeat_time is 1.5": '{"a": {"annotation": "a.jsonl", "repeat_time": 1.5}}',
+    "repeat_time is 1e+300": '{"a": {"annotation": "a.jsonl", "repeat_time": 1e300}}',
+    "at most 256 tiles": '{"a": {"annotation": "a.jsonl", "max_dynamic_patch": 1000000}}',
+    "Infinity is no number": '{"a": {"annotation": "a.jsonl", "repeat_time": Infinity}}',
     "repeat_time is 0": '{"a": {"annotation": "a.jsonl", "repeat_time": 0}}',
     "max_dynamic_patch is 0": '{"a": {"annotation": "a.jsonl", "max_dynamic_patch": 0}}',
 }
