@@ -117,6 +117,7 @@ def generate(
     stage: str | None = None,
     max_new_tokens: int = 64,
     dtype: Dtype | None = None,
+    verify: bool = True,
     sampling: SamplingOptions = SamplingOptions(),
 ) -> int:
     """Answer one prompt about any number of pictures, or a file of prompts (docs/inference.md).
@@ -132,6 +133,7 @@ def generate(
         stage: of a run directory, the stage whose model answers; the last one by default.
         max_new_tokens: longest answer.
         dtype: of the computation; float32 on CPU and bfloat16 elsewhere by default.
+        verify: compare the digests of an imported model's files first.
     """
     from monovl_jax.data.errors import SampleError
 
@@ -139,7 +141,7 @@ def generate(
         print("monovl generate: give --prompt (and --image), or --jsonl and --out", file=sys.stderr)
         return 2
     try:
-        loaded, generator = _ready(model, stage, dtype)
+        loaded, generator = _ready(model, stage, dtype, verify)
         chosen = _sampling(sampling)
         if prompt is not None:
             asked = loaded.prompt(prompt, list(image))
@@ -186,6 +188,7 @@ def chat(
     stage: str | None = None,
     max_new_tokens: int = 512,
     dtype: Dtype | None = None,
+    verify: bool = True,
     sampling: SamplingOptions = SamplingOptions(),
 ) -> int:
     """Talk with a model in the terminal; /help lists what else it understands (docs/inference.md).
@@ -195,6 +198,7 @@ def chat(
         stage: of a run directory, the stage whose model answers; the last one by default.
         max_new_tokens: longest answer.
         dtype: of the computation; float32 on CPU and bfloat16 elsewhere by default.
+        verify: compare the digests of an imported model's files first.
     """
     from rich.console import Console
 
@@ -202,7 +206,7 @@ def chat(
     from monovl_jax.inference.conversation import Conversation
 
     try:
-        loaded, generator = _ready(model, stage, dtype)
+        loaded, generator = _ready(model, stage, dtype, verify)
         chosen = _sampling(sampling)
     except (ValueError, OSError) as error:
         print(f"monovl chat: {error}", file=sys.stderr)
@@ -218,7 +222,7 @@ def _sampling(options: SamplingOptions) -> Any:
     return Sampling(**dataclasses.asdict(options))
 
 
-def _ready(model: Path, stage: str | None, dtype: Dtype | None) -> tuple[Any, Any]:
+def _ready(model: Path, stage: str | None, dtype: Dtype | None, verify: bool) -> tuple[Any, Any]:
     """A loaded model and its generator; what they compile is kept on disk for the next time."""
     import jax
     import jax.numpy as jnp
@@ -232,7 +236,7 @@ def _ready(model: Path, stage: str | None, dtype: Dtype | None) -> tuple[Any, An
         jax.config.update("jax_compilation_cache_dir", str(Path(home) / "monovl_jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     compile_seconds()  # counts from here
-    loaded = from_pretrained(model, stage)
+    loaded = from_pretrained(model, stage, verify)
     kind = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     return loaded, loaded.generator(Ops(dtype=jnp.dtype(kind).type))
 
@@ -389,6 +393,7 @@ def convert_export(
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     shard_gb: float = 5.0,
     stage: str | None = None,
+    verify: bool = True,
 ) -> int:
     """An imported model or a training run to the released layout, for PyTorch.
 
@@ -398,10 +403,11 @@ def convert_export(
         dtype: of every tensor; as stored by default.
         shard_gb: largest file, in 10^9 bytes.
         stage: of a run, the stage whose model is written; the last finished one by default.
+        verify: compare the digests of an imported model's files first.
     """
     from monovl_jax.pretrained import export
 
-    return _converted("export", lambda progress: export(src, dst, dtype, shard_gb, stage, progress=progress))
+    return _converted("export", lambda progress: export(src, dst, dtype, shard_gb, stage, verify=verify, progress=progress))
 
 
 def convert_init(
@@ -429,16 +435,17 @@ def convert_init(
     return _converted("init", lambda progress: init_model(llm, dst, named_config(model), vision, seed, dtype, progress))
 
 
-def convert_inspect(src: Positional[Path]) -> int:
+def convert_inspect(src: Positional[Path], *, verify: bool = True) -> int:
     """What is in a model folder: sizes, dtypes, the table of names, what is missing or unknown. Exit code 1 when anything is.
 
     Args:
         src: a released folder, an imported model, or an Orbax folder of parameters.
+        verify: compare the digests of an imported model's files too, which reads all of them.
     """
     from monovl_jax.convert.inspect import inspect_model
 
     try:
-        found = inspect_model(src)
+        found = inspect_model(src, verify=verify)
     except (ValueError, OSError) as error:
         print(f"monovl convert inspect: {error}", file=sys.stderr)
         return 2
