@@ -123,6 +123,7 @@ def generate(
     step: Step | None = None,
     max_new_tokens: int = 64,
     dtype: Dtype | None = None,
+    verify: bool = True,
     sampling: SamplingOptions = SamplingOptions(),
 ) -> int:
     """Answer one prompt about any number of pictures, or a file of prompts (docs/inference.md).
@@ -139,6 +140,7 @@ def generate(
         step: of a run directory, also while it trains: a step checkpoint, or `latest` for what was saved last.
         max_new_tokens: longest answer.
         dtype: of the computation; float32 on CPU and bfloat16 elsewhere by default.
+        verify: compare the digests of an imported model's files first.
     """
     from monovl_jax.data.errors import SampleError
 
@@ -151,7 +153,7 @@ def generate(
             return 2
     try:
         chosen = _sampling(sampling)
-        loaded, generator = _ready(model, stage, step, dtype)
+        loaded, generator = _ready(model, stage, step, dtype, verify)
         if prompt is not None:
             asked = loaded.prompt(prompt, list(image))
             print(loaded.answer(generator, [asked], max_new_tokens, chosen)[0])
@@ -198,6 +200,7 @@ def chat(
     step: Step | None = None,
     max_new_tokens: int = 512,
     dtype: Dtype | None = None,
+    verify: bool = True,
     sampling: SamplingOptions = SamplingOptions(),
 ) -> int:
     """Talk with a model in the terminal; /help lists what else it understands (docs/inference.md).
@@ -208,6 +211,7 @@ def chat(
         step: of a run directory, also while it trains: a step checkpoint, or `latest` for what was saved last.
         max_new_tokens: longest answer.
         dtype: of the computation; float32 on CPU and bfloat16 elsewhere by default.
+        verify: compare the digests of an imported model's files first.
     """
     from rich.console import Console
 
@@ -219,7 +223,7 @@ def chat(
         return 2
     try:
         chosen = _sampling(sampling)
-        loaded, generator = _ready(model, stage, step, dtype)
+        loaded, generator = _ready(model, stage, step, dtype, verify)
     except (ValueError, OSError) as error:
         print(f"monovl chat: {error}", file=sys.stderr)
         return 2
@@ -234,7 +238,7 @@ def _sampling(options: SamplingOptions) -> Any:
     return Sampling(**dataclasses.asdict(options))
 
 
-def _ready(model: Path, stage: str | None, step: Step | None, dtype: Dtype | None) -> tuple[Any, Any]:
+def _ready(model: Path, stage: str | None, step: Step | None, dtype: Dtype | None, verify: bool) -> tuple[Any, Any]:
     """A loaded model and its generator; what they compile is kept on disk for the next time."""
     import jax
     import jax.numpy as jnp
@@ -245,7 +249,7 @@ def _ready(model: Path, stage: str | None, step: Step | None, dtype: Dtype | Non
 
     keep_programs()
     compile_seconds()  # counts from here
-    loaded = from_pretrained(model, stage, step)
+    loaded = from_pretrained(model, stage, step, verify)
     kind = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     return loaded, loaded.generator(Ops(dtype=jnp.dtype(kind).type))
 
@@ -403,6 +407,7 @@ def convert_export(
     shard_gb: float = 5.0,
     stage: str | None = None,
     step: Step | None = None,
+    verify: bool = True,
 ) -> int:
     """An imported model or a training run to the released layout, for PyTorch.
 
@@ -413,11 +418,12 @@ def convert_export(
         shard_gb: largest file, in 10^9 bytes.
         stage: of a run, the stage whose model is written; the last finished one by default.
         step: of a run, also while it trains: a step checkpoint, or `latest` for what was saved last.
+        verify: compare the digests of an imported model's files first.
     """
     from monovl_jax.convert.folders import missing_code
     from monovl_jax.pretrained import export
 
-    code = _converted("export", lambda progress: export(src, dst, dtype, shard_gb, stage, step, progress=progress))
+    code = _converted("export", lambda progress: export(src, dst, dtype, shard_gb, stage, step, verify, progress=progress))
     if code == 0 and (absent := missing_code(dst)):
         print(f"note: {dst} names code that {src} does not have; transformers needs {', '.join(absent)} copied there", file=sys.stderr)
     return code
@@ -448,16 +454,17 @@ def convert_init(
     return _converted("init", lambda progress: init_model(llm, dst, named_config(model), vision, seed, dtype, progress))
 
 
-def convert_inspect(src: Positional[Path]) -> int:
+def convert_inspect(src: Positional[Path], *, verify: bool = True) -> int:
     """What is in a model folder: sizes, dtypes, the table of names, what is missing or unknown. Exit code 1 when anything is.
 
     Args:
         src: a released folder, an imported model, or an Orbax folder of parameters.
+        verify: compare the digests of an imported model's files too, which reads all of them.
     """
     from monovl_jax.convert.inspect import inspect_model
 
     try:
-        found = inspect_model(src)
+        found = inspect_model(src, verify=verify)
     except (ValueError, OSError) as error:
         print(f"monovl convert inspect: {error}", file=sys.stderr)
         return 2

@@ -14,7 +14,7 @@ from monovl_jax.config import ConfigError, ModelConfig, read_config
 from monovl_jax.convert.checkpoint import is_imported, load_imported
 from monovl_jax.convert.exporter import export_model, export_params, export_tree
 from monovl_jax.convert.weights import load_weights
-from monovl_jax.data.chat import TEMPLATES, ChatTemplate, Turn, encode_prompt
+from monovl_jax.data.chat import ChatTemplate, Turn, encode_prompt, template_named
 from monovl_jax.data.images import load_image
 from monovl_jax.data.tiling import TilingConfig, tile_image
 from monovl_jax.data.tokenizer import Tokenizer
@@ -39,7 +39,7 @@ class Pretrained:
 
     @property
     def template(self) -> ChatTemplate:
-        return TEMPLATES[self.config.template]
+        return template_named(self.config.template)
 
     def tiling(self) -> TilingConfig:
         """How this model cuts pictures into tiles."""
@@ -86,13 +86,15 @@ class Pretrained:
         return [self.tokenizer.decode(ids.tolist()).strip() for ids in generator(prompts, max_new_tokens, sampling=sampling)]
 
 
-def from_pretrained(path: str | Path, stage: str | None = None, step: Step | None = None) -> Pretrained:
+def from_pretrained(path: str | Path, stage: str | None = None, step: Step | None = None, verify: bool = True) -> Pretrained:
     """Loads a run directory (after its last finished stage, or `stage`), an imported model, or a folder in the released layout.
 
     step: of a run, which may be going on: a step checkpoint, or "latest" for what was saved last.
 
     A name like `OpenGVLab/Mono-InternVL-2B` that is no folder here is downloaded from the Hugging Face hub when the extra `hf` is
     installed: safetensors, JSON and tokenizer files only, never code or pickles.
+
+    verify: compare the digests of an imported model's files first.
 
     Raises ConfigError, WeightsError, RunError or TokenizerError with what is missing.
     """
@@ -101,11 +103,25 @@ def from_pretrained(path: str | Path, stage: str | None = None, step: Step | Non
         folder = _download(str(path))
     if (folder / "experiment.json").is_file():
         config, params = load_run(folder, stage, step=step)
-        return Pretrained(config, params, Tokenizer.from_folder(folder), folder)
+        return Pretrained(config, params, _tokenizer(folder, config), folder)
     _refuse_stage(folder, stage, step)
     config = read_config(folder)
-    params = load_imported(folder, config) if is_imported(folder) else load_weights(folder, config)
-    return Pretrained(config, params, Tokenizer.from_folder(folder), folder)
+    template_named(config.template)
+    tokenizer = _tokenizer(folder, config)
+    params = load_imported(folder, config, verify=verify) if is_imported(folder) else load_weights(folder, config)
+    return Pretrained(config, params, tokenizer, folder)
+
+
+def _tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
+    """Raises ConfigError when the model has no row for an id of the tokenizer: that row would be zeros."""
+    tokenizer = Tokenizer.from_folder(folder)
+    if tokenizer.vocab_size > config.decoder.vocab_size:
+        last = tokenizer.vocab_size - 1
+        raise ConfigError(
+            f"{folder}: the tokenizer goes up to id {last} ({tokenizer.token_of(last)!r}) and the model has "
+            f"{config.decoder.vocab_size} rows; give the tokenizer that the model was trained with, or resize its embedding"
+        )
+    return tokenizer
 
 
 def _refuse_stage(folder: Path, stage: str | None, step: Step | None) -> None:
@@ -137,18 +153,20 @@ def export(
     shard_gb: float = 5.0,
     stage: str | None = None,
     step: Step | None = None,
+    verify: bool = True,
     **options: Any,
 ) -> Path:
     """Writes an imported model, or a run after `stage` (its last finished one by default), in the released layout; returns `dst`.
 
     step: of a run, which may be going on: a step checkpoint (held in memory), or "latest" for what was saved last.
 
-    dtype, shard_gb, progress: see `convert.exporter.export_params`. Raises ConfigError, WeightsError or RunError.
+    dtype, shard_gb, progress: see `convert.exporter.export_params`. verify: compare the digests of an imported model.
+    Raises ConfigError, WeightsError or RunError.
     """
     src = Path(src)
     if not (src / "experiment.json").is_file():
         _refuse_stage(src, stage, step)
-        return export_model(src, dst, dtype, shard_gb, **options)
+        return export_model(src, dst, dtype, shard_gb, verify=verify, **options)
     if step is not None:
         stage, number = find_step(src, stage, step)
         if number is not None:

@@ -66,6 +66,7 @@ UPSTREAM: dict[str, Any] = {
     "architectures": ["InternVLChatModel"],
     "auto_map": {"AutoConfig": "configuration_internvl_chat.InternVLChatConfig"},
     "downsample_ratio": 0.5,
+    "dynamic_image_size": True,
     "force_image_size": 448,
     "llm_config": {
         "_attn_implementation": "eager",
@@ -167,7 +168,7 @@ def test_absent_fields_take_upstreams_class_defaults() -> None:
     assert (d.num_heads, d.num_kv_heads, d.rms_norm_eps, d.attention_bias) == (32, 32, 1e-6, True)
     assert d.rope == RopeConfig(theta=10_000.0) and d.max_position_embeddings == 2048
     assert (v.hidden_size, v.patch_size, v.tile_size, v.pixel_shuffle, v.pixel_statistics) == (3200, 14, 448, "v1", "imagenet")
-    assert (config.min_tiles, config.max_tiles, config.use_thumbnail) == (1, 6, False)
+    assert (config.min_tiles, config.max_tiles, config.use_thumbnail) == (1, 1, False)
 
 
 @pytest.mark.parametrize(
@@ -281,3 +282,125 @@ def test_reading_a_folder(tmp_path) -> None:
 def test_a_config_that_cannot_be_built(make, name: str) -> None:
     with pytest.raises(ConfigError, match=name):
         make()
+
+
+# ---- what is in the file and would otherwise be ignored, or take all memory
+
+
+@pytest.mark.parametrize(
+    ("parameters", "expected"),
+    [
+        ({"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e6}, RopeConfig(1e6, "dynamic", 2.0)),
+        ({"type": "linear", "rope_type": "linear", "factor": 4, "rope_theta": 500}, RopeConfig(500.0, "linear", 4.0)),
+        ({"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 1.0}, RopeConfig(1e6)),
+        ({"rope_type": "default"}, RopeConfig(10_000.0)),
+    ],
+)
+def test_rope_parameters_of_newer_files_are_read(parameters: dict[str, Any], expected: RopeConfig) -> None:
+    raw = json.loads(json.dumps(UPSTREAM))
+    del raw["llm_config"]["rope_theta"], raw["llm_config"]["rope_scaling"]
+    raw["llm_config"]["rope_parameters"] = parameters
+    config = config_from_json(json.dumps(raw))
+    assert config.decoder.rope == expected
+    assert config_from_json(config_to_json(config)) == config
+
+
+def test_rope_fields_that_say_the_same_twice() -> None:
+    same = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1_000_000}
+    assert config_from_json(changed("llm_config.rope_parameters", same)) == mono_internvl_2b()
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("llm_config.rope_parameters", {"rope_type": "dynamic", "factor": 3.0, "rope_theta": 1e6}),
+        ("llm_config.rope_parameters", {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 5e5}),
+        ("llm_config.rope_parameters", {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e6}),
+        ("llm_config.rope_parameters", {"rope_type": "dynamic", "factor": 2.0, "beta_fast": 32}),
+        ("llm_config.rope_parameters", {"rope_type": "dynamic", "type": "linear", "factor": 2.0}),
+        ("llm_config.rope_parameters", [1]),
+        ("llm_config.rope_scaling", {"type": "dynamic", "factor": 2.0, "attention_factor": 1.5}),
+        ("llm_config.partial_rotary_factor", 0.5),
+        ("llm_config.head_dim", 64),
+        ("llm_config.sliding_window", 4096),
+        ("llm_config.use_sliding_window", True),
+        ("llm_config.layer_types", ["full_attention", "sliding_attention"]),
+        ("llm_config.qk_norm", True),
+        ("llm_config.attention_bias", True),
+        ("llm_config.mlp_bias", True),
+        ("llm_config.attn_logit_softcapping", 50.0),
+        ("llm_config.final_logit_softcapping", 30.0),
+        ("llm_config.residual_multiplier", 0.2),
+        ("llm_config.num_experts", 8),
+        ("llm_config.quantization_config", {"bits": 4}),
+        ("llm_config.attention_dropout", 0.1),
+        ("vision_config.num_channels", 4),
+        ("vision_config.quantization_config", {"bits": 4}),
+        ("quantization_config", {"bits": 4}),
+        ("pad2square", True),
+    ],
+)
+def test_a_field_that_would_change_the_computation_is_refused(path: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=path.rsplit(".", 1)[-1].replace("rope_parameters", "rope_(parameters|theta)")):
+        config_from_json(changed(path, value))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("llm_config.partial_rotary_factor", 1.0),
+        ("llm_config.head_dim", 128),
+        ("llm_config.layer_types", ["full_attention"]),
+        ("llm_config.attn_implementation", "flash_attention_2"),
+        ("llm_config.attention_dropout", 0.0),
+        ("llm_config.pruned_heads", {}),
+        ("llm_config.rope_parameters", None),
+        ("vision_config.drop_path_rate", 0.1),
+        ("vision_config.norm_type", "layer_norm"),
+        ("vision_config.num_channels", 3),
+        ("pad2square", False),
+    ],
+)
+def test_a_field_that_changes_nothing_is_kept(path: str, value: Any) -> None:
+    assert config_from_json(changed(path, value)) == mono_internvl_2b()
+
+
+def test_without_dynamic_tiling_an_image_is_one_tile() -> None:
+    config = config_from_json(changed("dynamic_image_size", False))
+    assert (config.min_tiles, config.max_tiles, config.dynamic_tiles) == (1, 1, False)
+    written = json.loads(config_to_json(config))
+    assert written["dynamic_image_size"] is False and written["max_dynamic_patch"] == 12
+    assert config_from_json(json.dumps(written)) == config
+    wider = dataclasses.replace(config, max_tiles=6)
+    assert wider.dynamic_tiles and json.loads(config_to_json(wider))["dynamic_image_size"] is True
+    assert dataclasses.replace(mono_internvl_2b(), max_tiles=1).dynamic_tiles
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("llm_config.num_hidden_layers", 10**9),
+        ("llm_config.hidden_size", 2**40),
+        ("llm_config.intermediate_size", 2**40),
+        ("llm_config.vocab_size", 2**40),
+        ("llm_config.num_attention_heads", 2**20),
+        ("llm_config.num_key_value_heads", 2**20),
+        ("llm_config.max_position_embeddings", 2**40),
+        ("llm_config.rms_norm_eps", float("inf")),
+        ("llm_config.rms_norm_eps", 10**400),
+        ("llm_config.rope_theta", 10**400),
+        ("llm_config.rope_scaling", {"type": "dynamic", "factor": float("inf")}),
+        ("downsample_ratio", 1e-320),
+        ("downsample_ratio", float("nan")),
+        ("force_image_size", 10**6),
+        ("vision_config.image_size", 10**6),
+        ("vision_config.patch_size", 10**6),
+        ("vision_config.hidden_size", 10**9),
+        ("max_dynamic_patch", 1000),
+        ("force_image_size", 2048 * 2),  # 12 tiles of it
+    ],
+)
+def test_a_size_beyond_all_models_is_refused_in_one_short_sentence(path: str, value: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config_from_json(changed(path, value))
+    assert len(str(caught.value)) < 300 and "\n" not in str(caught.value)

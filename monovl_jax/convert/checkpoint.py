@@ -26,6 +26,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from monovl_jax import jsontext
 from monovl_jax.config import ModelConfig
 from monovl_jax.convert.arrays import FLOATS, STORED, cast, contiguous, stored_dtype
+from monovl_jax.convert.digests import damaged, digests
 from monovl_jax.convert.errors import WeightsError
 from monovl_jax.convert.folders import write_json
 from monovl_jax.convert.key_table import Row, key_table, set_leaf
@@ -227,6 +228,7 @@ def write_marker(folder: Path, config: ModelConfig, dtypes: Mapping[str, np.dtyp
     for path, dtype in dtypes.items():
         count[dtype.name] += math.prod(shapes[path])
     marker = {"format": FORMAT, "layout": LAYOUT, "made_by": origin, "elements": count, "params": _sizes(folder / PARAMS)}
+    marker["sha256"] = digests(folder / PARAMS)
     if config.decoder.tie_embeddings:
         marker["vocabulary_tensors"] = names
     write_json(folder / MARKER, marker)
@@ -246,11 +248,37 @@ def read_marker(folder: str | Path) -> dict[str, Any]:
         raise WeightsError(f"{path} is {found[1]!r} of format {found[0]!r}, this version reads {LAYOUT!r} of {FORMAT}; import again")
     if (sizes := _sizes(Path(folder) / PARAMS)) != marker.get("params"):
         raise WeightsError(f"{Path(folder) / PARAMS} holds {sizes}, {MARKER} says {marker.get('params')}; import the model again")
+    if not isinstance(marker.get("sha256", {}), dict):
+        raise WeightsError(f"{path} cannot be read (sha256 is no object); import the model again")
     return marker
 
 
+NO_DIGESTS = "was imported by a version that kept no digests, so damage to its weights cannot be noticed; import it again to have them"
+
+
+def damaged_params(folder: str | Path, marker: Mapping[str, Any]) -> list[str] | None:
+    """One phrase for every file of the parameters that is not what was written; None for a folder without digests."""
+    return damaged(Path(folder) / PARAMS, marker["sha256"]) if "sha256" in marker else None
+
+
+def verify_params(folder: str | Path, marker: Mapping[str, Any]) -> None:
+    """Reads every file of the parameters and compares its digest; one line is logged where the folder has none.
+
+    Raises WeightsError that names the first damaged files.
+    """
+    problems = damaged_params(folder, marker)
+    if problems is None:
+        logging.getLogger(__name__).warning("%s %s", folder, NO_DIGESTS)
+    elif problems:
+        raise WeightsError(f"{Path(folder) / PARAMS}: {'; '.join(problems[:3])}; import the model again, or load it with --no-verify")
+
+
 def load_imported(
-    folder: str | Path, config: ModelConfig, mesh: Mesh | None = None, dtype: str | np.dtype | type | None = None
+    folder: str | Path,
+    config: ModelConfig,
+    mesh: Mesh | None = None,
+    dtype: str | np.dtype | type | None = None,
+    verify: bool = True,
 ) -> dict[str, Any]:
     """The parameters of an imported model as a nested dict of jax arrays.
 
@@ -260,13 +288,16 @@ def load_imported(
       mesh: where to put them, by the rules of `monovl_jax.parallel.sharding`: each host reads only the chunks that its slices touch. By
         default on the first device.
       dtype: of every leaf; as stored by default.
+      verify: compare the digest of every file first.
 
-    Raises WeightsError when the folder is incomplete or of another model.
+    Raises WeightsError when the folder is incomplete, damaged or of another model.
     """
-    read_marker(folder)
+    marker = read_marker(folder)
     saved, wanted = open_orbax(Path(folder) / PARAMS), stored_dtype(dtype)
     if problems := leaf_differences(saved, config):
         raise WeightsError(f"{folder}: the parameters do not fit config.json: {'; '.join(problems[:5])}; import the model again")
+    if verify:
+        verify_params(folder, marker)
     target: dict[str, Any] = {}
     for path, shape in saved.shapes.items():
         set_leaf(target, path, jax.ShapeDtypeStruct(shape, wanted or saved.dtypes[path]))

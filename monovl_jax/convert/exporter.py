@@ -12,7 +12,16 @@ import numpy as np
 
 from monovl_jax.config import ConfigError, ModelConfig, config_to_json, read_config
 from monovl_jax.convert.arrays import STORED, cast, contiguous, stored_dtype
-from monovl_jax.convert.checkpoint import PARAMS, OrbaxFolder, flatten, leaf_differences, leaf_shapes, open_orbax, read_marker
+from monovl_jax.convert.checkpoint import (
+    PARAMS,
+    OrbaxFolder,
+    flatten,
+    leaf_differences,
+    leaf_shapes,
+    open_orbax,
+    read_marker,
+    verify_params,
+)
 from monovl_jax.convert.errors import WeightsError
 from monovl_jax.convert.folders import carried_files, check_destination, new_folder, own_file
 from monovl_jax.convert.importer import with_dtype
@@ -170,13 +179,26 @@ def export_params(
         raise WeightsError(f"{params} cannot be read ({error}); convert or train again") from error
 
 
-def export_model(src: str | Path, dst: str | Path, dtype: str | None = None, shard_gb: float = 5.0, progress: Progress = silent) -> Path:
-    """Writes an imported model back in the released layout, bit by bit what came in; arguments and errors as `export_params`."""
+def export_model(
+    src: str | Path,
+    dst: str | Path,
+    dtype: str | None = None,
+    shard_gb: float = 5.0,
+    progress: Progress = silent,
+    verify: bool = True,
+) -> Path:
+    """Writes an imported model back in the released layout, bit by bit what came in; arguments and errors as `export_params`.
+
+    verify: compare the digest of every file of the parameters first.
+    """
     src = Path(src)
     marker = read_marker(src)
     vocabulary = tuple(marker.get("vocabulary_tensors") or (EMBEDDING,))
     if not set(vocabulary) <= {EMBEDDING, HEAD}:
         raise WeightsError(f"{src}: model.json names the vocabulary tensors {list(vocabulary)}; import the model again")
+    if verify:
+        check_destination(Path(dst), src)
+        verify_params(src, marker)
     return export_params(src / PARAMS, read_config(src), src, dst, dtype, shard_gb, progress, vocabulary)
 
 

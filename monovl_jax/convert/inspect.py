@@ -9,7 +9,17 @@ from pathlib import Path
 
 from monovl_jax.config import ModelConfig, read_config
 from monovl_jax.convert.arrays import FLOATS
-from monovl_jax.convert.checkpoint import PARAMS, is_imported, leaf_differences, leaf_shapes, open_orbax, read_marker, row_names
+from monovl_jax.convert.checkpoint import (
+    NO_DIGESTS,
+    PARAMS,
+    damaged_params,
+    is_imported,
+    leaf_differences,
+    leaf_shapes,
+    open_orbax,
+    read_marker,
+    row_names,
+)
 from monovl_jax.convert.folders import carried_files, own_file
 from monovl_jax.convert.key_table import key_table
 from monovl_jax.convert.weights import EMBEDDING, HEAD, WeightFiles, differences
@@ -34,7 +44,8 @@ class TableRow:
 class Inspection:
     """A model folder. kind: `released`, `imported` or `orbax`. parameters: elements of the expected tensors, padding and ties left out.
 
-    problems: one line for each tensor that is missing, left over, of another shape or no float; empty when all is well.
+    problems: one line for each tensor that is missing, left over, of another shape or no float, and for each damaged file of an imported
+    model; empty when all is well. digests: one line on whether the files of the parameters are what was written.
     """
 
     folder: Path
@@ -44,6 +55,7 @@ class Inspection:
     parameters: int
     files: tuple[str, ...]
     problems: tuple[str, ...]
+    digests: str = "none in this layout"
 
     def text(self) -> str:
         """For people: sizes, the key table, and what is wrong."""
@@ -66,6 +78,7 @@ class Inspection:
             + (" and a thumbnail" if self.config.use_thumbnail else ""),
             "parameters": f"{self.parameters:,} in {sum(row.found for row in self.rows)} tensors",
             "dtypes": ", ".join(f"{kind} ({count} tensors)" for kind, count in sorted(dtypes.items())) or "none",
+            "digests": self.digests,
             "other files": ", ".join(self.files) or "none",
         }
         lines = [f"{key:<12} {value}" for key, value in facts.items()]
@@ -79,13 +92,14 @@ class Inspection:
         return "\n".join([*lines, *(f"  {problem}" for problem in self.problems)])
 
 
-def inspect_model(src: str | Path, config: ModelConfig | None = None) -> Inspection:
+def inspect_model(src: str | Path, config: ModelConfig | None = None, verify: bool = True) -> Inspection:
     """Looks at a released folder, an imported one, or an Orbax folder of parameters; reads no weight, but for the two names of a tied
-    embedding.
+    embedding, and for the digests of an imported model.
 
     Args:
       src: the folder.
       config: of the model; `config.json` of the folder (or, for the parameters of an imported model, of the folder above) by default.
+      verify: compare the digest of every file of an imported model.
 
     Raises ConfigError without a readable config, WeightsError when a file is damaged.
     """
@@ -96,8 +110,15 @@ def inspect_model(src: str | Path, config: ModelConfig | None = None) -> Inspect
     own_file(src, "config.json")
     config = config or read_config(src)
     if is_imported(src):
-        read_marker(src)
-        return _inspect_orbax(src, src / PARAMS, config, "imported")
+        marker = read_marker(src)
+        problems = damaged_params(src, marker) if verify else []
+        seen = _inspect_orbax(src, src / PARAMS, config, "imported")
+        state = f"of {len(marker.get('sha256', ()))} files, " + (
+            "not checked" if not verify else "damaged" if problems else "all as written"
+        )
+        if problems is None:
+            state = f"none: this folder {NO_DIGESTS}"
+        return dataclasses.replace(seen, problems=(*seen.problems, *(problems or ())), digests=state)
     files = WeightFiles(src)
     shapes, rows = files.shapes, []
     for row in key_table(config):

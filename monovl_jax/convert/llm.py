@@ -127,28 +127,15 @@ def _shapes(kind: str, c: DecoderConfig) -> dict[str, tuple[int, ...]]:
 def _decoder_config(raw: dict[str, Any], kind: str, path: Path) -> DecoderConfig:
     if missing := [field for field in _FIELDS if raw.get(field) is None]:
         raise ConfigError(f"{path}: {missing[0]} is missing; give the folder of a whole language model")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5 writes the first
-    if not isinstance(rope, dict):
-        raise ConfigError(f"{path}: rope_scaling is {rope!r}; expected an object")
-    theta = raw.get("rope_theta", rope.get("rope_theta"))
-    if theta is None:
+    parameters = raw.get("rope_parameters")  # transformers 5 writes theta in here
+    if raw.get("rope_theta") is None and not (isinstance(parameters, dict) and "rope_theta" in parameters):
         raise ConfigError(f"{path}: rope_theta is missing; give the folder of a whole language model")
-    plain = rope.get("type", rope.get("rope_type", "default")) == "default"
-    section = {field: raw[field] for field in _FIELDS} | {
+    section = raw | {  # all fields, so that those which are not supported are refused
         "architectures": ["InternLM2ForCausalLM"],
-        "hidden_act": raw.get("hidden_act", "silu"),
-        "rope_theta": theta,
-        "rope_scaling": None if plain else rope,
         "bias": True if kind == "qwen2" else raw.get("bias", True),
-        "tie_word_embeddings": raw.get("tie_word_embeddings", False),
     }
     vision = {"model_type": "intern_vit_patch", "image_size": 448}
-    decoder = config_from_json(json.dumps({"vision_config": vision, "llm_config": section})).decoder
-    if raw.get("head_dim") not in (None, decoder.head_dim):
-        raise ConfigError(f"{path}: head_dim is {raw['head_dim']}; only hidden size / heads = {decoder.head_dim} is supported")
-    if raw.get("use_sliding_window"):
-        raise ConfigError(f"{path}: use_sliding_window is set; only full attention is supported")
-    return decoder
+    return config_from_json(json.dumps({"vision_config": vision, "llm_config": section})).decoder
 
 
 def open_llm(folder: str | Path) -> PlainLLM:

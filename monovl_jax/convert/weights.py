@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from monovl_jax.convert.key_table import tree_from_upstream, upstream_shapes
 
 EMBEDDING, HEAD = "language_model.model.tok_embeddings.weight", "language_model.output.weight"
 
+_SUGGESTIONS = 100  # names left over for which the nearest expected one is looked for, each against all that are missing
+
 _FORMATS = (("model.safetensors", "model.safetensors.index.json"), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
 
 
@@ -33,9 +36,9 @@ class WeightFiles:
         files, index = self._files()
         home: dict[str, str] = {}
         for file in files:
-            before = set(self._reader)
+            before = len(self._reader)
             (self._open_safetensors if file.suffix == ".safetensors" else self._open_torch)(file)
-            home |= dict.fromkeys(self._reader.keys() - before, file.name)
+            home |= dict.fromkeys(itertools.islice(self._reader, before, None), file.name)
         for name, file in (index or {}).items():
             if home.get(name) != file:
                 raise WeightsError(
@@ -156,15 +159,17 @@ def compare(files: WeightFiles, expected: Mapping[str, tuple[int, ...]], tied: t
             raise WeightsError(f"{files.folder}: the config ties the embeddings, but {head} differs from {embedding}")
         found.setdefault(embedding, found[head])
         del found[head]
-    problems = [f"missing: {name} {list(expected[name])}" for name in expected.keys() - found.keys()]
-    for name in found.keys() - expected.keys():
-        near = difflib.get_close_matches(name, expected.keys() - found.keys(), n=1)
+    missing = sorted(expected.keys() - found.keys())
+    problems = [f"missing: {name} {list(expected[name])}" for name in missing]
+    for number, name in enumerate(sorted(found.keys() - expected.keys())):
+        near = difflib.get_close_matches(name, missing, n=1) if number < _SUGGESTIONS else []
         problems.append(f"left over: {name} {list(found[name])}" + (f" (did you mean {near[0]}?)" if near else ""))
     for name in expected.keys() & found.keys():
         if expected[name] != found[name]:
             problems.append(f"wrong shape: {name} is {list(found[name])}, expected {list(expected[name])}")
+    known = {*expected, *(tied or ())}
     for name, dtype in files.dtypes.items():
-        if name in {*expected, *(tied or ())} and dtype not in FLOATS:
+        if name in known and dtype not in FLOATS:
             problems.append(f"wrong dtype: {name} is {dtype}, expected a float ({', '.join(FLOATS)})")
     return sorted(problems)
 

@@ -102,6 +102,13 @@ TEMPLATES: dict[str, ChatTemplate] = {
 """The four recorded templates of upstream, and `compact` for tiny models (no system message, one token per role)."""
 
 
+def template_named(name: str) -> ChatTemplate:
+    """Raises ValueError with the known names."""
+    if name not in TEMPLATES:
+        raise ValueError(f"chat template {name!r} is unknown; known are {', '.join(TEMPLATES)}.")
+    return TEMPLATES[name]
+
+
 @dataclass(frozen=True)
 class Encoded:
     """A tokenised conversation: ids int32[n], supervised bool[n] (the token is a target), image_slots (how many context

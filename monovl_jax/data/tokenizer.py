@@ -10,10 +10,12 @@ between them is encoded by itself; this is what the reference's slow tokenizer d
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -35,6 +37,8 @@ FILES = (
 """What `save` copies, with every `tokenization_*.py` (copied for upstream's sake, never run here)."""
 
 _CACHED_CHARACTERS, _CACHED_TEXTS = 256, 1 << 16
+
+_LARGEST_ID, _LARGEST_FILE = 1 << 24, 1 << 29
 
 
 @dataclass(frozen=True)
@@ -184,10 +188,11 @@ class Tokenizer:
         folder = Path(path)
         config = _read_json(folder / "tokenizer_config.json")
         special = _read_json(folder / "special_tokens_map.json")
-        names = {key: _content(config.get(f"{key}_token") or special.get(f"{key}_token")) for key in ("bos", "eos", "pad", "unk")}
+        names = {key: _content(config.get(f"{key}_token") or special.get(f"{key}_token"), folder) for key in ("bos", "eos", "pad", "unk")}
         if (folder / "tokenizer.json").is_file():
-            tokenizer = _load_tokenizers(folder, config)
-            return cls(_JsonBackend(tokenizer), names, _template_prefix(tokenizer), folder)
+            with _library_errors(folder / "tokenizer.json"):
+                tokenizer = _load_tokenizers(folder, config)
+                return _probed(cls(_JsonBackend(tokenizer), names, _template_prefix(tokenizer), folder))
         if not (folder / "tokenizer.model").is_file():
             raise ValueError(f"{folder} holds neither tokenizer.json nor tokenizer.model; give the folder of a released model.")
         return cls._from_sentencepiece(folder, config, special, names)
@@ -196,13 +201,11 @@ class Tokenizer:
     def _from_sentencepiece(cls, folder: Path, config: dict, special: dict, names: dict[str, str | None]) -> Tokenizer:
         for key, default in (("bos", "<s>"), ("eos", "</s>"), ("unk", "<unk>"), ("pad", "</s>")):
             names[key] = names[key] or default
-        try:
+        with _library_errors(folder / "tokenizer.model"):
             backend = _SentencePieceBackend(folder / "tokenizer.model", ())
             backend = _SentencePieceBackend(folder / "tokenizer.model", _added_tokens(folder, config, special, names, backend))
-        except (OSError, RuntimeError) as error:
-            raise ValueError(f"{folder / 'tokenizer.model'} is not a sentencepiece model ({error}); copy it again.") from None
-        prefix = [backend.pieces.bos_id()] if config.get("add_bos_token", True) else []
-        return cls(backend, names, prefix, folder)
+            bos = backend.pieces.bos_id()
+            return _probed(cls(backend, names, [bos] if bos >= 0 and config.get("add_bos_token", True) else [], folder))
 
     @classmethod
     def from_tokenizers(
@@ -285,28 +288,112 @@ def _read_json(path: Path) -> dict:
     return value
 
 
-def _content(entry: Any) -> str | None:
-    """The text of a token that is written as a string or as an object."""
-    return entry.get("content") if isinstance(entry, dict) else entry
+class _FolderError(ValueError):
+    """What is wrong in a tokenizer's files, as one sentence."""
+
+
+def _content(entry: Any, folder: Path) -> str | None:
+    """The text of a token that is written as a string or as an object; None for no token."""
+    text = entry.get("content") if isinstance(entry, dict) else entry
+    if not entry and not isinstance(entry, dict):
+        return None
+    if not isinstance(text, str) or not text or any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise _FolderError(f"{folder}: a token of the tokenizer's JSON files is {repr(entry)[:80]}; expected text, copy the files again.")
+    return text
+
+
+def _additional(config: dict, special: dict, folder: Path) -> list[Any]:
+    """The entries of `additional_special_tokens` of both files."""
+    found: list[Any] = []
+    for section in (config, special):
+        entries = section.get("additional_special_tokens") or []
+        if not isinstance(entries, list):
+            raise _FolderError(f"{folder}: additional_special_tokens is {repr(entries)[:80]}; expected a list, copy the files again.")
+        found += [entry for entry in entries if _content(entry, folder)]
+    return found
+
+
+def _identified(entries: Any, folder: Path, file: str) -> list[tuple[int, Any]]:
+    """(id, value) of pairs (id as number or text, value). Raises for an id that no vocabulary has."""
+    found = []
+    for index, value in entries:
+        text = str(index) if isinstance(index, int | str) and not isinstance(index, bool) else ""
+        if not re.fullmatch("[0-9]{1,9}", text) or int(text) >= _LARGEST_ID:
+            raise _FolderError(f"{folder / file}: {repr(index)[:40]} is no token id; ids are below {_LARGEST_ID}, copy the file again.")
+        found.append((int(text), value))
+    return found
+
+
+def _decoder_entries(config: dict, folder: Path) -> list[tuple[int, dict]]:
+    """(id, entry) of `added_tokens_decoder`, every entry an object with a content."""
+    entries = config.get("added_tokens_decoder") or {}
+    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+        raise _FolderError(f"{folder}: added_tokens_decoder of tokenizer_config.json is no object of tokens; copy the file again.")
+    found = _identified(entries.items(), folder, "tokenizer_config.json")
+    for _, entry in found:
+        _content(entry, folder)
+    return found
+
+
+@contextlib.contextmanager
+def _library_errors(path: Path) -> Iterator[None]:
+    """Turns whatever a tokenizer library raises on a damaged file into one ValueError.
+
+    A panic of Rust is a BaseException, and its report goes straight to the standard error of the process: that is closed meanwhile.
+    """
+    if path.stat().st_size > _LARGEST_FILE:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, more than any tokenizer ({_LARGEST_FILE}); copy it again.")
+    try:
+        with _silent_stderr():
+            yield
+    except (_FolderError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"{path} cannot be read ({reason}); copy it again.") from None
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    try:
+        saved = os.dup(2)
+    except OSError:  # there is none
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
+
+
+def _probed(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer, after it has encoded and decoded a text. Raises _FolderError for ids that no vocabulary has."""
+    if tokenizer.vocab_size > _LARGEST_ID:
+        raise _FolderError(
+            f"{tokenizer._folder}: the tokenizer has the id {tokenizer.vocab_size - 1}; ids are below {_LARGEST_ID}, copy the files again."
+        )
+    tokenizer.decode(tokenizer.encode("A b, 7\n\u00e9\u4e66"))
+    return tokenizer
 
 
 def _load_tokenizers(folder: Path, config: dict) -> Any:
     import tokenizers
 
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{folder / 'tokenizer.json'} cannot be read ({error}); copy it again.") from None
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    for index, entry in sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0])):
+    for index, entry in sorted(_decoder_entries(config, folder), key=lambda item: item[0]):
         name = entry["content"]
         if tokenizer.token_to_id(name) is None:
             flags = {key: bool(entry.get(key, False)) for key in ("lstrip", "rstrip", "single_word", "normalized", "special")}
             token = tokenizers.AddedToken(name, **flags)
             (tokenizer.add_special_tokens if flags["special"] else tokenizer.add_tokens)([token])
-        if tokenizer.token_to_id(name) != int(index):
-            raise ValueError(
+        if tokenizer.token_to_id(name) != index:
+            raise _FolderError(
                 f"{folder}: token {name!r} has id {index} in tokenizer_config.json and {tokenizer.token_to_id(name)} in tokenizer.json; "
                 "make the two files agree."
             )
@@ -329,19 +416,21 @@ def _added_tokens(folder: Path, config: dict, special: dict, names: dict, backen
     """
     flags = ("special", "lstrip", "rstrip", "single_word", "normalized")
     found: dict[str, AddedToken] = {}
-    extra = [*config.get("additional_special_tokens", []), *special.get("additional_special_tokens", [])]
-    described = {_content(entry): entry for entry in [*extra, *special.values()] if isinstance(entry, dict)}
+    extra = _additional(config, special, folder)
+    described = {_content(entry, folder): entry for entry in [*extra, *special.values()] if isinstance(entry, dict)}
+    extra = [_content(entry, folder) for entry in extra]
     if config.get("added_tokens_decoder"):
-        for index, entry in config["added_tokens_decoder"].items():
-            found[entry["content"]] = AddedToken(entry["content"], int(index), **{k: bool(entry[k]) for k in flags if k in entry})
+        for index, entry in _decoder_entries(config, folder):
+            found[entry["content"]] = AddedToken(entry["content"], index, **{k: bool(entry[k]) for k in flags if k in entry})
     else:
-        specials = {_content(entry) for entry in extra} | set(names.values())
-        for name, index in _read_json(folder / "added_tokens.json").items():
+        specials = set(extra) | set(names.values())
+        listed = [(index, _content(name, folder)) for name, index in _read_json(folder / "added_tokens.json").items()]
+        for index, name in _identified(listed, folder, "added_tokens.json"):
             entry = described.get(name, {})
             options = {k: bool(entry[k]) for k in flags if k in entry and k != "special"}
-            found[name] = AddedToken(name, int(index), special=name in specials, **options)
+            found[name] = AddedToken(name, index, special=name in specials, **options)
     size = backend.pieces.get_piece_size()
-    for name in [*names.values(), *map(_content, extra)]:
+    for name in [*names.values(), *extra]:
         if name and name not in found:
             index = backend.id_of(name)
             taken = max([size - 1, *(token.id for token in found.values())])

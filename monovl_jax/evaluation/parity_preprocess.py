@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from monovl_jax import jsontext
-from monovl_jax.data.chat import TEMPLATES, ChatTemplate, Role, Turn, build_prompt, encode_conversation, parse_turns
+from monovl_jax.data.chat import ChatTemplate, Role, Turn, build_prompt, encode_conversation, parse_turns, template_named
 from monovl_jax.data.errors import SampleError
 from monovl_jax.data.images import MAX_SIDE
 from monovl_jax.data.tiling import NORMALIZATION, TilingConfig, choose_grid, count_tiles, normalize, tile_image
@@ -136,16 +136,10 @@ def _run_grids(records: list[dict]) -> list[Check]:
     return checks
 
 
-def _template(name: str) -> ChatTemplate:
-    if name not in TEMPLATES:
-        raise ValueError(f"chat template {name!r} is unknown; known are {', '.join(TEMPLATES)}.")
-    return TEMPLATES[name]
-
-
 def _run_prompts(records: list[dict]) -> list[Check]:
     checks = []
     for number, r in enumerate(records):
-        template = _template(r["template"])
+        template = template_named(r["template"])
         roles: dict[str, Role] = {
             "user": "user",
             "assistant": "assistant",
@@ -165,7 +159,7 @@ def _run_prompts(records: list[dict]) -> list[Check]:
 def _run_labels(folder: Path, case: dict) -> list[Check]:
     if case["function"] not in _RULES:
         raise ValueError(f"{folder / 'case.json'}: function {case['function']!r} is unknown; known are {', '.join(_RULES)}.")
-    template = replace(_template(case["template"]), **_RULES[case["function"]])
+    template = replace(template_named(case["template"]), **_RULES[case["function"]])
     tokenizer = Tokenizer.from_folder(folder / "tokenizer")
     checks = [_exact(f"id of {token}", tokenizer.id_of(token), index) for token, index in case.get("special_ids", {}).items()]
     _size(folder, "model_max_length", case["model_max_length"])

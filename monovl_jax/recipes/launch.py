@@ -229,7 +229,7 @@ class OwnData:
     def tiling(self, data: DataSet, tiles: int) -> TilingConfig:
         """How pictures are cut: at most into what META.json or else the model says, and what one row of the stage has room for."""
         model = self.model
-        most = data.max_dynamic_patch or model.max_tiles
+        most = (data.max_dynamic_patch if model.dynamic_tiles else 1) or model.max_tiles
         if tiles:
             most = min(most, max(1, tiles - model.use_thumbnail))
         return TilingConfig(

@@ -34,11 +34,15 @@ LORA = dataclasses.replace(SFT, trainable=(), lora=Lora(rank=16), learning_rate=
 """The same with adapters of rank 16 on all projections of the decoder and nothing else; rank and rate are ours, not upstream's."""
 
 
+def _tiled(model: ModelConfig) -> ModelConfig:
+    return dataclasses.replace(model, max_tiles=6) if model.dynamic_tiles else model
+
+
 def recipe(model: ModelConfig) -> Recipe:
     """What `monovl train sft` runs, on the model of --init. Its visual experts stay as they are."""
-    return Recipe("sft", dataclasses.replace(model, max_tiles=6), (SFT,))
+    return Recipe("sft", _tiled(model), (SFT,))
 
 
 def lora(model: ModelConfig) -> Recipe:
     """What `monovl train sft:lora` runs."""
-    return Recipe("sft_lora", dataclasses.replace(model, max_tiles=6), (LORA,))
+    return Recipe("sft_lora", _tiled(model), (LORA,))

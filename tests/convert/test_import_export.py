@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from monovl_jax.convert.errors import WeightsError
 from monovl_jax.convert.exporter import export_model, export_params, export_tree, state_dict_order
 from monovl_jax.convert.folders import missing_code
 from monovl_jax.convert.importer import import_model
+from monovl_jax.convert.inspect import inspect_model
 from monovl_jax.convert.key_table import tree_from_upstream, upstream_shapes
 from monovl_jax.convert.safetensors_out import Tensor, divide, index_text
 from monovl_jax.convert.weights import EMBEDDING, HEAD, load_weights
@@ -299,3 +302,48 @@ def test_helpers_know_the_released_layout() -> None:
     """The folder that these tests write is one that upstream's names and our reader agree on."""
     assert GOLDEN and config_from_json(config_to_json(variant())) == variant()
     assert set(FLOATS) == {"F64", "F32", "F16", "BF16"}
+
+
+@pytest.mark.parametrize("damage", ["flip", "zero", "swap"])
+def test_a_damage_that_keeps_all_sizes_is_named(damage: str, tmp_path: Path) -> None:
+    """On load, on export and by inspect, in any file of the parameters."""
+    config = variant()
+    imported = import_model(write_model(tmp_path / "src", config, random_upstream(config)), tmp_path / "dst")
+    first, second = (imported / f"params/decoder.blocks.mlp.text.gate/{layer}.0.0" for layer in (0, 1))
+    data = first.read_bytes()
+    if damage == "swap":
+        first.write_bytes(second.read_bytes())
+        second.write_bytes(data)
+    else:
+        first.write_bytes(bytes([data[0] ^ 1]) + data[1:] if damage == "flip" else bytes(len(data)))
+    match = r"damaged: decoder\.blocks\.mlp\.text\.gate/0\.0\.0 is not what was written"
+    with pytest.raises(WeightsError, match=match):
+        load_imported(imported, config)
+    with pytest.raises(WeightsError, match=match):
+        export_model(imported, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    seen = inspect_model(imported)
+    assert re.search(match, "\n".join(seen.problems)) and "everything is there" not in seen.text()
+    assert inspect_model(imported, verify=False).problems == ()
+    assert load_imported(imported, config, verify=False) and export_model(imported, tmp_path / "out", verify=False)
+
+
+def test_every_byte_of_the_parameters_is_under_a_digest(tmp_path: Path) -> None:
+    config = variant()
+    imported = import_model(write_model(tmp_path / "src", config, random_upstream(config)), tmp_path / "dst")
+    kept = json.loads((imported / "model.json").read_text())["sha256"]
+    files = [file for file in sorted((imported / "params").rglob("*")) if file.is_file()]
+    assert kept == {str(file.relative_to(imported / "params")): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def test_a_folder_of_the_time_before_digests_loads_with_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = variant()
+    src = write_model(tmp_path / "src", config, random_upstream(config))
+    imported = import_model(src, tmp_path / "dst")
+    marker = json.loads((imported / "model.json").read_text())
+    del marker["sha256"]
+    (imported / "model.json").write_text(json.dumps(marker))
+    same_tree(load_imported(imported, config), load_weights(src, config))
+    assert [record.getMessage() for record in caplog.records if "kept no digests" in record.getMessage()]
+    seen = inspect_model(imported)
+    assert seen.problems == () and "kept no digests" in seen.text()
