@@ -67,7 +67,7 @@ MAX_RLE_PIXELS = 1 << 22
 """Largest run-length coded BMP: Pillow decodes it in Python, byte by byte."""
 
 
-def _opened(path: str | Path) -> io.BufferedIOBase:
+def _opened(path: str | Path) -> io.BufferedReader:
     """A regular file, open for reading. A pipe, a socket or a device is refused before it is opened, which could wait for ever."""
     try:
         regular = stat.S_ISREG(mode := os.stat(path).st_mode)
@@ -101,7 +101,7 @@ def read_image(path: str | Path) -> bytes:
             raise SampleError(f"image {path} cannot be read ({type(error).__name__}: {error}); replace the file.") from None
 
 
-def _open(path: str | Path, max_pixels: int, stream: io.BufferedIOBase) -> Image.Image:
+def _open(path: str | Path, max_pixels: int, stream: io.BufferedReader | io.BytesIO) -> Image.Image:
     """The image with its header read. `path` only names it; Pillow gets a stream, because it maps files into memory and then reads
     pixels that a damaged file does not hold."""
     try:
@@ -178,7 +178,9 @@ def load_image(path: str | Path, max_pixels: int = MAX_PIXELS, data: bytes | Non
         if image.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > MAX_SCANS and _scans(data) > MAX_SCANS:
             raise SampleError(f"image {path} is a JPEG of more than {MAX_SCANS} scans; save it again.")
         try:
-            rgb = to_rgb(image)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of damaged metadata
+                rgb = to_rgb(image)
         except SampleError as error:
             raise SampleError(f"image {path}: {error}") from None
         except Exception as error:  # as in _open
