@@ -30,7 +30,7 @@ import numpy as np
 
 from monovl_jax import jsontext
 from monovl_jax.config import read_config
-from monovl_jax.data.chat import TEMPLATES
+from monovl_jax.data.chat import TEMPLATES, template_named
 from monovl_jax.data.errors import SampleError
 from monovl_jax.data.images import MAX_PIXELS, image_size, load_image
 from monovl_jax.data.jsonl import parse_line
@@ -85,7 +85,7 @@ class TextSettings:
     def encoding(self) -> Encoding:
         """Without limits of rows. Raises ValueError for a folder without a tokenizer, or one without the picture tokens."""
         tokenizer = _tokenizer(self.tokenizer)
-        return Encoding(tokenizer, TEMPLATES[self.template], self.tiling, self.visual_tokens_per_tile)
+        return Encoding(tokenizer, template_named(self.template), self.tiling, self.visual_tokens_per_tile)
 
 
 @functools.lru_cache(maxsize=4)

@@ -11,11 +11,12 @@ import pytest
 from safetensors.numpy import load_file
 
 from monovl_jax import cli
-from monovl_jax.config import tiny
+from monovl_jax.config import config_from_json, config_to_json, tiny
 from monovl_jax.convert.exporter import export_tree
+from monovl_jax.data.meta import DataSet
 from monovl_jax.model import Ops
 from monovl_jax.pretrained import export, from_pretrained
-from monovl_jax.recipes import launch
+from monovl_jax.recipes import launch, sft
 from monovl_jax.training.checkpoint import load_run
 from monovl_jax.training.trainable import digests, random_parameters
 from tests.data.helpers import line, save_picture, tiny_tokenizer
@@ -84,3 +85,14 @@ def test_one_stage_of_freezing(home: Path, tmp_path: Path) -> None:
     run = fine_tuned(home, "sft", tmp_path / "run", steps=2, trainable=("^projector/",))
     start, end = digests(from_pretrained(home / "imported").params), digests(load_run(run)[1])
     assert {path.split("/")[0] for path in start if start[path] != end[path]} == {"projector"}
+
+
+@pytest.mark.parametrize(("dynamic", "tiles"), [(True, (6, 6, 4)), (False, (1, 1, 1))])
+def test_a_model_without_dynamic_tiling_is_trained_on_one_tile_an_image(dynamic: bool, tiles: tuple[int, ...], tmp_path: Path) -> None:
+    """Whatever the recipe, META.json and the rows of a stage would allow."""
+    raw = json.loads(config_to_json(tiny())) | {"dynamic_image_size": dynamic}
+    made = sft.recipe(config_from_json(json.dumps(raw)))
+    own = launch.OwnData.__new__(launch.OwnData)
+    own.model = made.model
+    sets = [DataSet("a", tmp_path, tmp_path / "a.jsonl", max_dynamic_patch=most) for most in (None, 6, 4)]
+    assert tuple(own.tiling(data, 0).max_tiles for data in sets) == tiles and sft.lora(made.model).model.max_tiles == tiles[0]
