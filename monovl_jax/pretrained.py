@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 from PIL import Image
 
 from monovl_jax.config import ConfigError, ModelConfig, read_config
@@ -66,13 +67,16 @@ class Pretrained:
         ids = encode_prompt([Turn("user", text)], self.template, self.tokenizer, counts, self.config.vision.tokens_per_tile)
         return Prompt(ids, np.concatenate(tiles) if tiles else None)
 
-    def generator(self, ops: Ops | None = None) -> Generator:
-        """Compiled generation with the stop tokens of the chat template."""
+    def generator(self, ops: Ops | None = None, mesh: Mesh | None = None) -> Generator:
+        """Compiled generation with the stop tokens of the chat template; mesh: of all devices that compute (`Generator`).
+
+        Raises MeshError when the mesh cannot divide the model.
+        """
         tokenizer = self.tokenizer
         stops = {tokenizer.id_of(self.template.stop)}
         stops |= {i for i in (tokenizer.eos_id,) if i is not None}
         pad = tokenizer.pad_id if tokenizer.pad_id is not None else 0
-        return Generator(self.config, self.params, ops or Ops(), tokenizer.id_of(CONTEXT_TOKEN), sorted(stops), pad)
+        return Generator(self.config, self.params, ops or Ops(), tokenizer.id_of(CONTEXT_TOKEN), sorted(stops), pad, mesh=mesh)
 
     def save_pretrained(self, dst: str | Path, dtype: str | None = None, shard_gb: float = 5.0) -> Path:
         """Writes the model in the released layout into a new folder, with the tokenizer's files of where it came from; returns `dst`.

@@ -18,12 +18,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from monovl_jax.config import ModelConfig
 from monovl_jax.inference.prompts import Prompt, bucket, pieces, prompt_batch, slots_for
 from monovl_jax.inference.sampling import GREEDY, Numbers, Sampling, choose, row_keys
 from monovl_jax.model import VLM, KVCache, Ops
 from monovl_jax.model.decoder import Layers, split_layers
+from monovl_jax.parallel.ops import mesh_ops
+from monovl_jax.parallel.sharding import check_rows, place_parameters
 
 
 @jax.tree_util.register_dataclass
@@ -218,6 +221,10 @@ class Generator:
       stop_ids: a row ends after one of them.
       pad_id: fed to rows that have ended.
       piece: longer prompts are prefilled in pieces of so many slots, so that memory does not grow with the prompt.
+      mesh: of all devices that compute. Parameters are placed on it by the table of `parallel.sharding`, rows are divided over data and
+        fsdp: a call fills up its rows, a conversation (one row) needs a mesh of `tensor` alone. By default one device.
+
+    Raises MeshError when the mesh cannot divide the model, and `read` when it cannot divide the rows.
     """
 
     def __init__(
@@ -229,12 +236,16 @@ class Generator:
         stop_ids: Sequence[int],
         pad_id: int,
         piece: int = 1024,
+        mesh: Mesh | None = None,
     ):
-        self.config, self.ops, self.context_id, self.piece = config, ops, context_id, piece
+        self.config, self.context_id, self.piece, self.mesh = config, context_id, piece, mesh
+        self.ops = ops if mesh is None else mesh_ops(ops, mesh)
         self.graphdef, _ = abstract_model(config)
         decoder = jax.tree.map(lambda leaf: leaf if leaf.dtype == ops.dtype else leaf.astype(ops.dtype), params["decoder"])
-        self.params = jax.device_put({**params, "decoder": decoder})
-        self.layers = split_layers(self.params["decoder"]["blocks"]) if jax.default_backend() == "cpu" else None
+        whole = {**params, "decoder": decoder}
+        self.params = jax.device_put(whole) if mesh is None else place_parameters(whole, mesh)
+        alone = mesh is None and jax.default_backend() == "cpu"
+        self.layers = split_layers(self.params["decoder"]["blocks"]) if alone else None
         self.stop_ids, self.pad_id = np.asarray(stop_ids, np.int32), np.int32(pad_id)
 
     def fingerprint(self) -> str:
@@ -258,6 +269,8 @@ class Generator:
         Raises ValueError for a token that the model's vocabulary does not have, and for more tokens than its context takes.
         """
         self._check(batch, key_length)
+        if self.mesh is not None:
+            check_rows(len(batch["tokens"]), "the batch of prompts", self.mesh)
         if "tiles" not in batch:  # all text: the plain layers, which compile sooner
             batch = {k: v for k, v in batch.items() if k != "token_types"}
         cut, logits = pieces(batch, self.piece, self.config.vision.tokens_per_tile), None
@@ -312,13 +325,17 @@ class Generator:
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; ask for at least one token")
+        asked, own_draws = len(prompts), list(range(len(prompts)) if draws is None else draws)
+        if self.mesh is not None and asked:  # copies of the last row, which end when it ends
+            missing = -asked % (self.mesh.shape["data"] * self.mesh.shape["fsdp"])
+            prompts, own_draws = [*prompts, *[prompts[-1]] * missing], own_draws + own_draws[-1:] * missing
         slots = slots or slots_for(max((len(p.ids) for p in prompts), default=0), self.piece)
         batch = prompt_batch(prompts, self.config.vision, self.context_id, slots, tiles)
         lengths, columns = [len(p.ids) for p in prompts], bucket(max_new_tokens, 8)
-        rules = self.rules(sampling, range(len(prompts)) if draws is None else draws)
+        rules = self.rules(sampling, own_draws)
         state = self.begin(*self.read(batch, max(lengths), slots - 1, slots + columns), np.asarray(lengths), rules, columns)
         ids = np.asarray(self.decode(state, rules, max_new_tokens).ids)
-        return [self.until_stop(row[:max_new_tokens]) for row in ids]
+        return [self.until_stop(row[:max_new_tokens]) for row in ids[:asked]]
 
     def until_stop(self, ids: np.ndarray) -> np.ndarray:
         """The ids before the first stop id."""

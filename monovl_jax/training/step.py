@@ -262,11 +262,16 @@ def make_train_step(
     )
 
 
-def make_eval_step(graphdef: Any, ops: Ops, nll: Nll = next_token_nll) -> Callable[[Tree, Batch], Metrics]:
+def make_eval_step(graphdef: Any, ops: Ops, nll: Nll = next_token_nll, mesh: Mesh | None = None) -> Callable[[Tree, Batch], Metrics]:
     """The jitted evaluation step: (parameters, batch of [B, ...] parts) -> {nll: sum, weight: sum}, float32[].
 
     Perplexity over many batches is exp(sum of nll / sum of weight). Parameters are one nested dict of the whole model.
+
+    mesh: parameters lie on it by the table of `parallel.sharding` (`place_parameters`), the batch as `place_batch` puts it. Without it
+      the program is for one device.
     """
+    if mesh is not None:
+        ops = mesh_ops(ops, mesh)
 
     def step(parameters: Tree, batch: Batch) -> Metrics:
         parts = as_parts(batch)
