@@ -54,6 +54,9 @@ class _Index:
     bad: list[tuple[int, str, object]]  # line, reason, id
 
 
+MAX_INDEX_BYTES = 64 << 30
+"""Largest cached index that is read; 48 bytes are written for a sample."""
+
 NOT_READ = ("images", "video", "videos", "audio", "audios")
 """Fields of other forms of data. A sample that has one would be trained as text alone."""
 
@@ -194,13 +197,8 @@ class JsonlSource:
         if self._cache_dir is None:
             return self._make_index()
         cached = self._cache_dir / f"{self.path.stem}-{self._key()}.npz"
-        if cached.is_file():
-            try:
-                with np.load(cached, allow_pickle=False) as arrays:
-                    bad = [tuple(entry) for entry in jsontext.loads(bytes(arrays["bad"]))]
-                    return _Index(arrays["offsets"], arrays["sizes"], arrays["lines"], arrays["lengths"], bad)
-            except (OSError, ValueError, KeyError, EOFError):
-                pass  # a damaged cache is made anew
+        if (found := self._cached_index(cached)) is not None and not self._some_are_good_now(found.bad):
+            return found
         index = self._make_index()
         self._cache_dir.mkdir(parents=True, exist_ok=True)
         bad = np.frombuffer(json.dumps(index.bad, ensure_ascii=False, default=str).encode(), np.uint8)
@@ -208,6 +206,33 @@ class JsonlSource:
         np.savez(temporary, offsets=index.offsets, sizes=index.sizes, lines=index.lines, lengths=index.lengths, bad=bad)
         os.replace(temporary, cached)
         return index
+
+    def _cached_index(self, cached: Path) -> _Index | None:
+        """None when there is none, or one that is damaged: it is made anew."""
+        if not cached.is_file() or cached.stat().st_size > MAX_INDEX_BYTES:
+            return None
+        try:
+            with np.load(cached, allow_pickle=False) as arrays:
+                bad = [(int(line), str(reason), sample_id) for line, reason, sample_id in jsontext.loads(bytes(arrays["bad"]))]
+                index = _Index(arrays["offsets"], arrays["sizes"], arrays["lines"], arrays["lengths"], bad)
+            columns = (index.offsets, index.sizes, index.lines)
+            sound = all(c.dtype == np.int64 and c.shape == index.lines.shape == (len(index.lengths),) and (c >= 0).all() for c in columns)
+            sound &= index.lengths.dtype == np.int32 and index.lengths.shape[1:] == (2,) and bool((index.lengths >= 0).all())
+            return index if sound and (index.offsets + index.sizes <= self.path.stat().st_size).all() else None
+        except Exception:  # NumPy and zipfile answer damage with errors of every kind
+            return None
+
+    def _some_are_good_now(self, bad: list[tuple[int, str, object]]) -> bool:
+        """Whether an image that was missing or damaged when the index was made has been put in place since."""
+        lines = {line for line, _, _ in bad}
+        for number, _, raw in self._raw_lines() if lines else ():
+            if number in lines:
+                try:
+                    self._measure(parse_line(raw))
+                except SampleError:
+                    continue
+                return True
+        return False
 
     def _key(self) -> str:
         """Changes with the file and with everything that lengths depend on (the pictures themselves are taken on trust)."""

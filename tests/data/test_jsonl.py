@@ -158,3 +158,35 @@ def test_media_that_is_not_read_is_refused(field: str) -> None:
 def test_an_empty_image_is_a_sample_of_text() -> None:
     turns = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "a"}]
     assert parse_line(json.dumps({"conversations": turns, "image": ""}).encode()).images == []
+
+
+def test_an_image_put_in_place_later_is_found(root: Path, tmp_path: Path) -> None:
+    """Although the index that missed it is cached."""
+    (root / "late.jsonl").write_bytes(line("late.png") + line("a.png"))
+    made = lambda: JsonlSource(root / "late.jsonl", tiny_encoding(), cache_dir=tmp_path / "index")  # noqa: E731
+    assert (len(made()), made().rejected) == (1, 1)
+    save_picture(root / "late.png")
+    assert (len(made()), made().rejected) == (2, 0)
+
+
+def test_a_damaged_cache_is_made_anew(root: Path, tmp_path: Path) -> None:
+    (root / "good.jsonl").write_bytes(line("a.png") * 3)
+    made = lambda: JsonlSource(root / "good.jsonl", tiny_encoding(), cache_dir=tmp_path / "index")  # noqa: E731
+    want = made().index
+    (cached,) = (tmp_path / "index").iterdir()
+    whole, rng = cached.read_bytes(), np.random.default_rng(0)
+    for damage in (b"", b"PK", whole[: len(whole) // 2], *(bytes(flipped(whole, rng)) for _ in range(60))):
+        cached.write_bytes(damage)
+        got = made().index
+        for name in ("offsets", "sizes", "lines", "lengths"):
+            np.testing.assert_array_equal(getattr(got, name), getattr(want, name))
+    np.savez(
+        cached, offsets=want.offsets + 10**9, sizes=want.sizes, lines=want.lines, lengths=want.lengths, bad=np.frombuffer(b"[]", np.uint8)
+    )
+    np.testing.assert_array_equal(made().index.offsets, want.offsets)
+
+
+def flipped(data: bytes, rng: np.random.Generator) -> bytearray:
+    changed = bytearray(data)
+    changed[rng.integers(len(data))] ^= int(rng.integers(1, 256))
+    return changed
