@@ -69,12 +69,20 @@ def demo(*, run_dir: Path = Path("runs/demo"), quick: bool = False, seed: int = 
     """
     from monovl_jax.demo.run import demo as run
     from monovl_jax.training.checkpoint import RunError
+    from monovl_jax.training.preemption import PreemptedError
+    from monovl_jax.training.stages import RecipeError
 
     try:
         result = run(run_dir, quick, seed)
-    except (RunError, ImportError) as error:
+    except (RunError, RecipeError, ImportError, OSError) as error:
         print(f"monovl demo: {error}", file=sys.stderr)
         return 2
+    except PreemptedError as stopped:
+        print(f"monovl demo: {stopped}", file=sys.stderr)
+        return 143
+    except KeyboardInterrupt:
+        print("monovl demo: interrupted; start the same command again to go on", file=sys.stderr)
+        return 130
     last = list(result["scores"])[-1]
     for task, value in result["scores"][last].items():
         others = f"no picture {value['blind']:.1f}, untrained {value['untrained']:.1f}; n {value['n']}"
@@ -559,12 +567,21 @@ COMMANDS = {
 }
 
 
+COMPUTING = ("demo", "train", "generate", "chat")
+"""Commands that compute for longer than a restart takes."""
+
+
 def _prefer_huge_pages() -> None:
-    """Restarts the process once with huge pages for malloc on Linux: XLA's CPU buffers are large and short-lived, and page faults on
-    them can cost as much as the arithmetic (docs/performance.md)."""
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+    """Restarts a command that computes, once, with huge pages for malloc on Linux: XLA's CPU buffers are large and short-lived, and page
+    faults on them can cost as much as the arithmetic (docs/performance.md). Python's own options (-X, -W, -m) go along.
+
+    Not under a debugger or a tracer, and not where GLIBC_TUNABLES is set.
+    """
+    wanted = len(sys.argv) > 1 and sys.argv[1] in COMPUTING and not {"-h", "--help"} & set(sys.argv)
+    watched = sys.gettrace() is not None or sys.getprofile() is not None
+    if sys.platform == "linux" and wanted and not watched and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-        os.execv(sys.executable, [sys.executable, "-m", "monovl_jax.cli", *sys.argv[1:]])
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """The command line as a user meets it: arguments, exit codes, one sentence on stderr."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import tyro
 
 from monovl_jax import cli
+from monovl_jax.training.preemption import PreemptedError
 from tests.conftest import ROOT
 
 
@@ -71,3 +73,50 @@ def test_parity_in_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert cli.parity((tmp_path,), json_output=True) == 2
     printed = json.loads(capsys.readouterr().out)
     assert printed["exit_code"] == 2 and str(tmp_path) in printed["cases"][0]["error"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the restart is for Linux")
+@pytest.mark.parametrize(
+    ("arguments", "restarts"),
+    [
+        (["train", "sft"], True),
+        (["chat", "runs/demo"], True),
+        (["--help"], False),
+        (["train", "--help"], False),
+        (["convert", "ls"], False),
+        ([], False),
+    ],
+)
+def test_only_a_command_that_computes_starts_again(arguments: list[str], restarts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With Python's own options: -X, -W and -m of whoever started it."""
+    started: list[list[str]] = []
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    monkeypatch.setattr(sys, "argv", ["monovl", *arguments])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "dev", "-m", "monovl_jax", *arguments])
+    monkeypatch.setattr(sys, "gettrace", lambda: None)
+    monkeypatch.setattr(os, "execv", lambda program, line: started.append([program, *line]))
+    cli._prefer_huge_pages()
+    assert started == ([[sys.executable, sys.executable, "-X", "dev", "-m", "monovl_jax", *arguments]] if restarts else [])
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    monkeypatch.setattr(sys, "gettrace", lambda: print)  # a debugger
+    cli._prefer_huge_pages()
+    assert len(started) == restarts
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (PreemptedError("stopped by SIGTERM"), 143), (OSError("no"), 2)])
+def test_a_demo_that_is_stopped_says_one_sentence(
+    error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("monovl_jax.demo.run.demo", stop)
+    assert cli.demo() == code
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("option", [{"batch_size": 0}, {"batch_size": -3}, {"max_new_tokens": 0}])
+def test_numbers_out_of_bounds_are_one_sentence(option: dict[str, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.generate(model=tmp_path, prompt="x", **option) == 2
+    (name,) = option
+    assert f"--{name.replace('_', '-')} is {option[name]}; give a number from 1" in capsys.readouterr().err

@@ -422,17 +422,20 @@ import {DETECTOR} as detector
 def body(x, y):
     y[...] = x[...]
 
-y = pl.pallas_call(
-    body,
-    out_shape=jax.ShapeDtypeStruct((8, 128), jnp.float32),
-    grid=(2,),
-    in_specs=[pl.BlockSpec((8, 128), lambda i: (i, 0))],
-    out_specs=pl.BlockSpec((8, 128), lambda i: (0, 0)),
-    compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
-    interpret=pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2),
-)(jnp.ones((16, 128), jnp.float32))
-jax.block_until_ready(y)
-print(detector.races.races_found)
+try:
+    y = pl.pallas_call(
+        body,
+        out_shape=jax.ShapeDtypeStruct((8, 128), jnp.float32),
+        grid=(2,),
+        in_specs=[pl.BlockSpec((8, 128), lambda i: (i, 0))],
+        out_specs=pl.BlockSpec((8, 128), lambda i: (0, 0)),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        interpret=pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2),
+    )(jnp.ones((16, 128), jnp.float32))
+    jax.block_until_ready(y)
+    print(detector.races.races_found)
+except Exception as error:  # jax 0.12 raises where 0.10 sets the flag
+    print("race" in str(error).lower())
 """
 
 
