@@ -215,7 +215,7 @@ class ModelConfig:
     @property
     def dynamic_tiles(self) -> bool:
         """False where config.json says `dynamic_image_size: false`: an image is one tile, whatever a data set says."""
-        return self.max_tiles > 1 or json.loads(self.upstream).get("dynamic_image_size") is not False
+        return self.max_tiles > 1 or jsontext.loads(self.upstream).get("dynamic_image_size") is not False
 
 
 def mono_internvl_2b() -> ModelConfig:

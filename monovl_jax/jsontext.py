@@ -114,7 +114,7 @@ def read_bytes(path: os.PathLike[str], limit: int = MAX_BYTES) -> bytes:
         if found.st_size > limit:
             raise OSError(f"{name} has {found.st_size:,} bytes; at most {limit:,} are read")
         with open(name, "rb") as file:
-            data = file.read(limit + 1)  # a file of /proc has no size
+            data = file.read(found.st_size + 1 if found.st_size else 1 << 20)  # a file of /proc has no size
     else:
         data = path.read_bytes()  # pyright: ignore[reportAttributeAccessIssue]: epath
     if len(data) > limit:
