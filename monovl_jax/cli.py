@@ -347,6 +347,15 @@ def train(
     from monovl_jax.recipes import launch
     from monovl_jax.training.preemption import PreemptedError
 
+    for name, right, value, wanted in (
+        ("stall-seconds", 0 < stall_seconds < math.inf, stall_seconds, "a positive number"),
+        ("preemption-exit-code", 0 <= preemption_exit_code <= 255, preemption_exit_code, "a number from 0 to 255"),
+        ("threads", 1 <= threads <= 1024, threads, "a number from 1 to 1024"),
+    ):
+        if not right:
+            print(f"monovl train: --{name} is {value}; give {wanted}", file=sys.stderr)
+            return 2
+
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 

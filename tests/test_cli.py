@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -120,3 +121,25 @@ def test_numbers_out_of_bounds_are_one_sentence(option: dict[str, int], tmp_path
     assert cli.generate(model=tmp_path, prompt="x", **option) == 2
     (name,) = option
     assert f"--{name.replace('_', '-')} is {option[name]}; give a number from 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("stall_seconds", -1.0), ("stall_seconds", float("nan")), ("preemption_exit_code", 999), ("threads", 0), ("threads", -1)],
+)
+def test_numbers_of_a_run_out_of_bounds_are_one_sentence(option: str, value: float, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert cli.train("evip", data=tmp_path, **{option: value}) == 2
+    error = capsys.readouterr().err
+    assert f"--{option.replace('_', '-')} is {value}; give " in error and len(error.splitlines()) == 1
+
+
+def test_a_bound_of_the_cache_that_a_user_gave_is_kept(run_python: Callable[..., str], tmp_path: Path) -> None:
+    code = """
+import jax
+from monovl_jax.inference.compiling import keep_programs
+keep_programs()
+print(jax.config.jax_compilation_cache_max_size)
+"""
+    cache = {"XDG_CACHE_HOME": str(tmp_path), "JAX_COMPILATION_CACHE_DIR": ""}
+    assert run_python(code, **cache).strip() == str(4 << 30)
+    assert run_python(code, **cache, JAX_COMPILATION_CACHE_MAX_SIZE="1000000").strip() == "1000000"

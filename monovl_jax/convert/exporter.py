@@ -130,8 +130,8 @@ def _export(
     progress: Progress,
 ) -> Path:
     wanted = stored_dtype(dtype)
-    if not shard_gb > 0:
-        raise WeightsError(f"shards of {shard_gb} GB hold nothing; give a positive size")
+    if not 0 < shard_gb < 1e9:
+        raise WeightsError(f"shards of {shard_gb} GB cannot be written; give a positive size")
     check_destination(dst, files)
     entries, carried = _entries(config, leaves.dtypes, wanted, vocabulary), carried_files(files)
     tensors = [tensor for tensor, _, _ in entries]

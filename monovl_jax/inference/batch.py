@@ -3,8 +3,8 @@
 in   {"prompt": "What is this?", "image": "cat.png"}        images: a list of several; id: any text or number, by default the line
 out  {"id": 1, "prompt": "What is this?", "answer": "A cat.", "key": "0123456789abcdef"}
 
-`key` is a digest of what the answer follows from: the model, the settings, the prompt and the names of its images. An answer whose key is
-another than that of the question with its id is never taken for an answer to it.
+`key` is a digest of what the answer follows from: the model, the settings, the prompt and the contents of its images. An answer whose
+key is another than that of the question with its id is never taken for an answer to it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, Protocol, runtime_checkable
 from monovl_jax import jsontext
 from monovl_jax.config import ModelConfig
 from monovl_jax.data.errors import SampleError
-from monovl_jax.data.images import resolve_image_path
+from monovl_jax.data.images import read_image, resolve_image_path
 from monovl_jax.data.tokenizer import Tokenizer
 from monovl_jax.inference.generate import Generator
 from monovl_jax.inference.prompts import Prompt, bucket, slots_for
@@ -48,12 +48,13 @@ class BatchError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One line of the input: its number from 1 on, its id, the text, and the paths of its images."""
+    """One line of the input: its number from 1 on, its id, the text, the paths of its images, and the key of its answer."""
 
     line: int
     id: str | int
     prompt: str
     images: tuple[Path, ...]
+    key: str = ""
 
 
 @dataclasses.dataclass
@@ -144,8 +145,8 @@ def answer_file(
 
     def key(job: Job) -> str:
         draw = job.line if sampling.temperature else 0  # random draws follow from the line
-        names = [os.path.relpath(image, image_root) for image in job.images]
-        return hashlib.sha256(json.dumps([made_by, draw, job.prompt, names]).encode()).hexdigest()[:16]
+        images = [hashlib.sha256(read_image(image)).hexdigest() for image in job.images]
+        return hashlib.sha256(json.dumps([made_by, draw, job.prompt, images]).encode()).hexdigest()[:16]
 
     def bad(line: int, error: Exception) -> None:
         summary.bad += 1
@@ -158,8 +159,9 @@ def answer_file(
                 if job.id in seen:
                     raise SampleError(f"repeats the id {job.id!r}; ids must differ.")
                 seen.add(job.id)
+                job = dataclasses.replace(job, key=key(job))
                 if job.id in done:
-                    _check_answer(done[job.id], job, key(job), target)
+                    _check_answer(done[job.id], job, target)
                     summary.skipped += 1
                     continue
                 prompt, most = model.prompt(job.prompt, list(job.images)), model.config.decoder.max_position_embeddings
@@ -183,7 +185,7 @@ def answer_file(
                     made = generator([p for _, p in padded], max_new_tokens, slots, tiles, sampling, [j.line for j, _ in padded])
                     for (job, _), ids in zip(part, made, strict=False):
                         answer = model.tokenizer.decode(ids.tolist()).strip()
-                        line = {"id": job.id, "prompt": job.prompt, "answer": answer, "key": key(job)}
+                        line = {"id": job.id, "prompt": job.prompt, "answer": answer, "key": job.key}
                         file.write(json.dumps(line, ensure_ascii=False) + "\n")
                     file.flush()
                     os.fsync(file.fileno())
@@ -193,11 +195,11 @@ def answer_file(
     return summary
 
 
-def _check_answer(there: dict[str, Any], job: Job, key: str, target: Path) -> None:
+def _check_answer(there: dict[str, Any], job: Job, target: Path) -> None:
     """Raises BatchError when an answer is not one to this question by this model. Answers of version 0.1.0 tell the question alone."""
     if there.get("prompt") != job.prompt:
         raise BatchError(f"{target} answers another question under the id {job.id!r}; give another output file, or another id")
-    if there.get("key", key) != key:
+    if there.get("key", job.key) != job.key:
         raise BatchError(
             f"{target}: the answer to {job.id!r} was made by another model, with other settings or about other images; "
             "give another output file, or remove this one"

@@ -128,9 +128,10 @@ class Chat:
         folder = path.parent.resolve()
         if image.resolve().is_relative_to(folder):
             return image.resolve().relative_to(folder).as_posix()
-        copy = folder / f"{path.stem}_images" / f"{number}{image.suffix}"
+        copy = folder / f"{path.name}_images" / f"{number}{image.suffix}"
         copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(image, copy)
+        with open(image, "rb") as source, open(copy, "xb") as target:  # what is there belongs to somebody else
+            shutil.copyfileobj(source, target)
         return copy.relative_to(folder).as_posix()
 
     def save(self, path: Path) -> None:

@@ -32,7 +32,8 @@ def keep_programs() -> None:
     if not config.jax_compilation_cache_dir:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         config.update("jax_compilation_cache_dir", str(Path(home) / "monovl_jax"))
-        config.update("jax_compilation_cache_max_size", CACHE_BYTES)
+        if "JAX_COMPILATION_CACHE_MAX_SIZE" not in os.environ:
+            config.update("jax_compilation_cache_max_size", CACHE_BYTES)
         config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 

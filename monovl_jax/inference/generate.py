@@ -25,6 +25,7 @@ from monovl_jax.inference.prompts import Prompt, bucket, pieces, prompt_batch, s
 from monovl_jax.inference.sampling import GREEDY, Numbers, Sampling, choose, row_keys
 from monovl_jax.model import VLM, KVCache, Ops
 from monovl_jax.model.decoder import Layers, split_layers
+from monovl_jax.parallel import fingerprint
 from monovl_jax.parallel.ops import mesh_ops
 from monovl_jax.parallel.sharding import check_rows, place_parameters
 
@@ -249,12 +250,9 @@ class Generator:
         self.stop_ids, self.pad_id = np.asarray(stop_ids, np.int32), np.int32(pad_id)
 
     def fingerprint(self) -> str:
-        """A digest of the model: its config, the compute dtype, and numbers taken from all over each parameter."""
-        digest = hashlib.sha256(repr((self.config, jnp.dtype(self.ops.dtype).name)).encode())
-        for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
-            sample = np.asarray(leaf.reshape(-1)[:: max(1, leaf.size // 256)])
-            digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode() + sample.tobytes())
-        return digest.hexdigest()[:16]
+        """A digest of the model: its config, the compute dtype, and every bit of its parameters."""
+        model = repr((self.config, jnp.dtype(self.ops.dtype).name)) + fingerprint.digest(fingerprint.fingerprints(self.params))
+        return hashlib.sha256(model.encode()).hexdigest()[:16]
 
     def rules(self, sampling: Sampling, draws: Sequence[int]) -> Rules:
         return Rules(sampling.numbers(), row_keys(sampling.seed, np.asarray(draws)), self.stop_ids, self.pad_id)

@@ -27,7 +27,7 @@ from jax.sharding import SingleDeviceSharding
 
 from monovl_jax import jsontext
 from monovl_jax.config import ModelConfig
-from monovl_jax.training import fingerprint
+from monovl_jax.parallel import fingerprint
 from monovl_jax.training.files import CHECKSUM, AnyPath, is_intact, is_remote, place, remove_tree, sealed, write_json
 from monovl_jax.training.trainable import TrainableError, Tree, check_tree
 

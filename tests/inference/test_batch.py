@@ -151,6 +151,11 @@ def test_answers_belong_to_model_settings_and_question(source: Path) -> None:
     with pytest.raises(BatchError, match=r"the answer to 4 was made .* about other images"):
         run(source)
     source.write_text(text)
+    first = (source.parent / "a.png").read_bytes()
+    save_picture(source.parent / "a.png", (32, 31))
+    with pytest.raises(BatchError, match="about other images"):
+        run(source)
+    (source.parent / "a.png").write_bytes(first)
     target = source.parent / "out.jsonl"
     lines = [json.loads(line) for line in target.read_text().splitlines()]
     target.write_text("".join(json.dumps({k: v for k, v in line.items() if k != "key"}) + "\n" for line in lines))
@@ -163,7 +168,9 @@ def test_another_model_has_another_fingerprint() -> None:
     made = small_model().generator
     first = made.fingerprint()
     assert first == made.fingerprint()
-    params, made.params = made.params, jax.tree.map(lambda x: x * 1.01, made.params)
+    leaves, tree = jax.tree.flatten(made.params)
+    leaves[0] = leaves[0].at[(-1,) * leaves[0].ndim].add(1)  # one number of one parameter
+    params, made.params = made.params, jax.tree.unflatten(tree, leaves)
     try:
         assert made.fingerprint() != first
     finally:

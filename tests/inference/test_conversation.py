@@ -172,8 +172,19 @@ def test_images_from_elsewhere_are_copied_beside_a_saved_chat(tmp_path: Path) ->
     (tmp_path / "near").mkdir()
     chat([f"/image {tmp_path / 'far/a.png'}", "what?", f"/save {tmp_path / 'near/talk.json'}"])
     (name,) = json.loads((tmp_path / "near/talk.json").read_text())["image"]
-    assert name == "talk_images/0.png"
-    assert (tmp_path / "near" / name).read_bytes() == (tmp_path / "far/a.png").read_bytes()
+    assert name == "talk.json_images/0.png"
+    first = (tmp_path / "far/a.png").read_bytes()
+    assert (tmp_path / "near" / name).read_bytes() == first
+
+    # another chat's images, and a user's own, stay as they are
+    save_picture(tmp_path / "far/b.png", (20, 20))
+    (tmp_path / "near/mine.json_images").mkdir()
+    (tmp_path / "near/mine.json_images/0.png").write_bytes(b"mine")
+    for file in ("talk.jsonl", "mine.json"):
+        _, out = chat([f"/image {tmp_path / 'far/b.png'}", "what?", f"/save {tmp_path / 'near' / file}"])
+    assert (tmp_path / "near" / name).read_bytes() == first
+    assert (tmp_path / "near/mine.json_images/0.png").read_bytes() == b"mine" and not (tmp_path / "near/mine.json").exists()
+    assert "File exists" in out.replace("\n", " ")
 
 
 def test_mistakes_in_a_chat(tmp_path: Path) -> None:

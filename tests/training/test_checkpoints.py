@@ -20,8 +20,9 @@ from etils import epath
 
 from monovl_jax import cli
 from monovl_jax.config import ConfigError
+from monovl_jax.parallel import fingerprint
 from monovl_jax.recipes.launch import find_start
-from monovl_jax.training import checkpoint, fingerprint
+from monovl_jax.training import checkpoint
 from monovl_jax.training.files import place, sealed
 from monovl_jax.training.inventory import checkpoints, verify
 from monovl_jax.training.metrics import RunLog, read_log
@@ -101,7 +102,7 @@ def test_another_mesh(run_python: Callable[..., str]) -> None:
 import tempfile, jax, jax.numpy as jnp, numpy as np
 from monovl_jax.parallel.mesh import make_mesh
 from monovl_jax.parallel.sharding import parameter_shardings
-from monovl_jax.training.fingerprint import fingerprints
+from monovl_jax.parallel.fingerprint import fingerprints
 from monovl_jax.training.store import StageStore, abstract
 host = {"decoder": {"head": np.random.default_rng(0).standard_normal((16, 64)).astype(np.float32), "norm": np.ones(16, np.float32)}}
 run = tempfile.mkdtemp()
