@@ -142,7 +142,8 @@ for attempt in range({attempts}):
         timer.start()
         for _ in session.stream(first, 24):
             pass
-        time.sleep(took)
+        while True:  # the interrupt is still to come
+            time.sleep(0.01)
     except KeyboardInterrupt:
         stopped += 1
     timer.join()
