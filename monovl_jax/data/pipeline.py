@@ -6,11 +6,15 @@
     batch n  rows n * B ... n * B + B - 1, of which each process takes its own part
 
 A batch is a pure function of (sources, seed, n): threads, worker processes and prefetch change nothing, and a run resumes from
-n. To find batch n the windows before it are planned again (lengths only).
+n. Where a window begins depends on all windows before it: `Pipeline.state` says where the window of batch n begins, and after
+`Pipeline.restore` planning goes on there. Without it the windows before are planned again (lengths only).
 """
 
 from __future__ import annotations
 
+import bisect
+import hashlib
+import json
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -26,7 +30,12 @@ Batch = dict[str, np.ndarray]
 """The fields of design section 5, [B, ...]."""
 
 _ENDLESS = 1 << 40
-_KEPT_WINDOWS = 4
+_AHEAD = 16
+"""Windows planned beyond the last one asked for, where there are threads."""
+_KEPT_WINDOWS = 64
+"""Plans that are kept: enough for those ahead and for the batches that threads make at the same time."""
+_KEPT_STARTS = 1 << 14
+"""Starts of windows that are kept; going back before them plans from the first window on."""
 
 
 @dataclass(frozen=True)
@@ -102,38 +111,139 @@ class _Window:
     too_large: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """Where a window begins: the number of its first row, and the draws of each part before it."""
+
+    row: int
+    drawn: tuple[int, ...]
+
+
 @dataclass
 class _Planner:
-    """Which samples are in row r. Windows are planned in order; only their sizes and the last few plans are kept."""
+    """Which samples are in row r. Windows are planned in order; only where they begin and the last plans are kept.
+
+    ahead: windows that a thread plans beyond the last one asked for (0: no thread).
+    """
 
     parts: Sequence[Part]
     spec: PackSpec
     seed: int
     window: int
     strict: bool
-    _firsts: list[int] = field(default_factory=lambda: [0])
-    _drawn: list[np.ndarray] = field(default_factory=list)
+    ahead: int = 0
+    _base: int = 0  # number of the window that _starts[0] tells of
+    _starts: list[_Start] = field(default_factory=list)  # the last one is of the first window that has not been planned
     _kept: dict[int, _Window] = field(default_factory=dict)
-    _lock: Any = field(default_factory=threading.Lock)
+    _asked: int = 0  # the last window that a row was asked of
+    _busy: bool = False  # whether the thread runs
+    _planning: Any = field(default_factory=threading.Lock)  # held while a window is planned
+    _lock: Any = field(default_factory=threading.Lock)  # held for an instant
 
     def __post_init__(self) -> None:
         weights = np.asarray([part.weight for part in self.parts], np.float64)
         self._shares = weights / weights.sum()
         self._lengths = [len(part.source) for part in self.parts]
-        self._drawn.append(np.zeros(len(self.parts), np.int64))
+        self._begin_at(0, _Start(0, (0,) * len(self.parts)))
+
+    def _begin_at(self, window: int, start: _Start) -> None:
+        with self._lock:
+            self._base, self._starts, self._asked = window, [start], window
+            self._kept.clear()
 
     def row(self, number: int) -> tuple[np.ndarray, int]:
         """(int64[n, 2] of (part, index), samples refused just before this row)."""
-        with self._lock:
-            while self._firsts[-1] <= number:
-                self._plan(len(self._firsts) - 1)
-            at = int(np.searchsorted(self._firsts, number, side="right")) - 1
-            window = self._kept.get(at) or self._plan(at)
+        window = self._planned(number)
+        while window is None:
+            with self._planning:
+                if self._planned(number) is None:
+                    self._plan(self._window_of(number))
+            window = self._planned(number)
+        if self.ahead:
+            self._plan_ahead()
         place = number - window.first
         return window.rows[place], window.too_large if place == 0 else 0
 
-    def _plan(self, at: int) -> _Window:
-        draws = self._draws(at)
+    def state(self, number: int) -> dict[str, Any]:
+        """Where the window of row `number` begins, in JSON values. Plans as far as needed."""
+        while True:
+            with self._lock:
+                if self._starts[0].row <= number <= self._starts[-1].row:
+                    at = self._place_of(number)
+                    start = self._starts[at]
+                    return {"window": self._base + at, "row": start.row, "drawn": list(start.drawn), "of": self.identity()}
+            with self._planning:
+                self._plan(self._window_of(number))
+
+    def restore(self, state: Any) -> bool:
+        """Goes on where `state` says; False, and nothing changes, when it is of other sources or settings, or not a state."""
+        if not isinstance(state, dict) or state.get("of") != self.identity():
+            return False
+        window: Any
+        row: Any
+        window, row, drawn = state.get("window"), state.get("row"), state.get("drawn")
+        if not isinstance(drawn, list) or len(drawn) != len(self.parts):
+            return False
+        if any(type(value) is not int or not 0 <= value < _ENDLESS for value in (window, row, *drawn)):
+            return False
+        if sum(drawn) != window * self.window:
+            return False
+        with self._planning:
+            self._begin_at(window, _Start(row, tuple(drawn)))
+        return True
+
+    def identity(self) -> str:
+        """Changes with what a state depends on: the sizes and shares of the sources, the seed, and the shape of rows and windows."""
+        shape = [self.seed, self.window, self.spec.tokens, self.spec.tiles]
+        shares = [[length, float(share)] for length, share in zip(self._lengths, self._shares, strict=True)]
+        return hashlib.sha256(json.dumps([shape, shares]).encode()).hexdigest()[:16]
+
+    def _place_of(self, number: int) -> int:
+        return bisect.bisect_right(self._starts, number, key=lambda start: start.row) - 1
+
+    def _planned(self, number: int) -> _Window | None:
+        with self._lock:
+            if not self._starts[0].row <= number < self._starts[-1].row:
+                return None
+            at = self._base + self._place_of(number)
+            self._asked = max(self._asked, at)
+            return self._kept.get(at)
+
+    def _window_of(self, number: int) -> int:
+        """The window to plan next on the way to row `number`: its own, or the first one that has not been planned."""
+        with self._lock:
+            before = number < self._starts[0].row
+        if before:
+            self._begin_at(0, _Start(0, (0,) * len(self.parts)))
+        with self._lock:
+            return self._base + self._place_of(number) if number < self._starts[-1].row else self._base + len(self._starts) - 1
+
+    def _plan_ahead(self) -> None:
+        with self._lock:
+            if self._busy or self._base + len(self._starts) - 1 > self._asked + self.ahead:
+                return
+            self._busy = True
+        threading.Thread(target=self._work, name="monovl-planner", daemon=True).start()
+
+    def _work(self) -> None:
+        try:
+            while True:
+                with self._planning:
+                    with self._lock:
+                        at = self._base + len(self._starts) - 1
+                        if at > self._asked + self.ahead:
+                            return
+                    self._plan(at)
+        except Exception:
+            self.ahead = 0  # whoever asks for that window meets the same error
+        finally:
+            with self._lock:
+                self._busy = False
+
+    def _plan(self, at: int) -> None:
+        """Plans a window whose start is known. The caller holds `_planning`."""
+        start = self._starts[at - self._base]
+        draws, counts = self._draws(at, np.asarray(start.drawn, np.int64))
         lengths = np.empty((self.window, 2), np.int64)
         for part in range(len(self.parts)):
             mine = draws[:, 0] == part
@@ -145,27 +255,28 @@ class _Planner:
             limits = f"{self.spec.tokens} tokens and {self.spec.tiles} tiles"
             raise ValueError(f"none of {self.window} samples fits a row of {limits}; raise the limits of the rows.")
         order = np.random.default_rng([self.seed, 2, at]).permutation(len(rows))
-        window = _Window([rows[i] for i in order], self._firsts[at], self.window - sum(map(len, rows)))
-        if at == len(self._firsts) - 1:
-            self._firsts.append(window.first + len(rows))
-        self._kept[at] = window
-        while len(self._kept) > _KEPT_WINDOWS:
-            del self._kept[next(iter(self._kept))]  # the one planned longest ago
-        return window
+        window = _Window([rows[i] for i in order], start.row, self.window - sum(map(len, rows)))
+        with self._lock:
+            if at == self._base + len(self._starts) - 1:
+                drawn = tuple(before + more for before, more in zip(start.drawn, counts.tolist(), strict=True))
+                self._starts.append(_Start(window.first + len(rows), drawn))
+                if len(self._starts) > _KEPT_STARTS:
+                    del self._starts[0]
+                    self._base += 1
+            self._kept[at] = window
+            while len(self._kept) > _KEPT_WINDOWS:
+                del self._kept[next(iter(self._kept))]  # the one planned longest ago
 
-    def _draws(self, at: int) -> np.ndarray:
-        """int64[window, 2] of (part, index): the shares kept to within one sample over all windows so far."""
-        before = self._drawn[at]
+    def _draws(self, at: int, before: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(int64[window, 2] of (part, index), int64[parts] draws of each): shares kept to within one sample over all windows so far."""
         ideal = (at + 1) * self.window * self._shares - before
         counts = np.maximum(np.floor(ideal).astype(np.int64), 0)
         behind = np.argsort(-(ideal - counts), kind="stable")
         counts[behind[: self.window - counts.sum()]] += 1
-        if at == len(self._drawn) - 1:
-            self._drawn.append(before + counts)
         parts = np.repeat(np.arange(len(self.parts)), counts)
         indices = np.concatenate([self._indices(p, int(before[p]), int(counts[p])) for p in range(len(self.parts))])
         order = np.random.default_rng([self.seed, 1, at]).permutation(self.window)
-        return np.stack([parts, indices], axis=1)[order]
+        return np.stack([parts, indices], axis=1)[order], counts
 
     def _indices(self, part: int, start: int, count: int) -> np.ndarray:
         """Draws start .. start + count - 1 of one source: epoch after epoch, each in its own order."""
@@ -189,11 +300,11 @@ class _Planner:
                 )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_lock": None}
+        return {**self.__dict__, "_lock": None, "_planning": None, "_busy": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._lock = threading.Lock()
+        self._lock, self._planning = threading.Lock(), threading.Lock()
 
 
 class Pipeline:
@@ -226,7 +337,8 @@ class Pipeline:
         self.process_index, self.process_count = process_index, process_count
         self.threads, self.workers, self.prefetch = threads, workers, prefetch
         self._validate()
-        self._batches = _BatchSource(_Planner(self.parts, spec, seed, window, strict), rows, process_index, process_count)
+        self._planner = _Planner(self.parts, spec, seed, window, strict, _AHEAD if threads or workers else 0)
+        self._batches = _BatchSource(self._planner, rows, process_index, process_count)
 
     def _validate(self) -> None:
         if not self.parts:
@@ -254,6 +366,17 @@ class Pipeline:
             raise ValueError(f"batch {start} does not exist; count from 0.")
         return BatchIterator(self._iterate(start), start)
 
+    def state(self, number: int) -> dict[str, Any]:
+        """What lets another pipeline of the same sources and settings begin at batch `number` at once, on any number of processes.
+
+        JSON values: window, row (the first of that window), drawn (draws of each part before it), of (what it belongs to).
+        """
+        return self._planner.state(number * self.rows)
+
+    def restore(self, state: Any) -> bool:
+        """Takes over what `state` returned; call it before `batches`. False for a state of other sources or settings: nothing changes."""
+        return self._planner.restore(state)
+
     def _iterate(self, start: int) -> Iterator[tuple[Batch, PackStats]]:
         if self.threads == 0 and self.workers == 0:
             return (self._batches[number] for number in range(start, _ENDLESS))
@@ -276,7 +399,7 @@ class Pipeline:
 class BatchIterator:
     """Iterates over batches and keeps account.
 
-    index: number of the next batch, the whole state of the pipeline. wait_seconds: time spent waiting in `next` so far.
+    index: number of the next batch. wait_seconds: time spent waiting in `next` so far.
     stats: sums over the batches handed out (packing efficiency, failed pictures, samples too large).
     """
 

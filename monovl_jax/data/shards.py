@@ -328,7 +328,7 @@ class PreparedSource:
             parts.append(part)
         none = ShardIndex(np.zeros((0, len(COLUMNS)), np.int64), np.zeros((0, 2), np.int32))
         self._columns = np.concatenate([none.columns, *(part.columns for part in parts)])
-        sizes = np.concatenate([none.sizes, *(part.sizes for part in parts)])
+        self._sizes = sizes = np.concatenate([none.sizes, *(part.sizes for part in parts)])
         self._ends = np.cumsum([len(part.columns) for part in parts], dtype=np.int64)
         pictures = self._columns[:, 2]
         self._slots = count_slots(sizes, pictures, self.encoding.tiling)
@@ -429,9 +429,23 @@ class PreparedSource:
         number = place - (int(self._ends[shard - 1]) if shard else 0)
         path = self.folder / f"{shard_name(shard)}.arrayrecord"
         try:
-            return StoredSample.from_bytes(self._reader(shard, path).read([number])[0])
+            sample = StoredSample.from_bytes(self._reader(shard, path).read([number])[0])
+            self._check_sample(sample, place)
+            return sample
         except (RuntimeError, ValueError, IndexError) as error:
             raise MetaError(f"{path}: record {number} cannot be read ({error}); look with `monovl data verify`, copy it again.") from None
+
+    def _check_sample(self, sample: StoredSample, place: int) -> None:
+        """Raises ValueError for a record with ids that the tokenizer does not have, or one of which the index says something else."""
+        known = self.encoding.tokenizer.vocab_size
+        if len(sample.ids) and not 0 <= sample.ids.min() <= sample.ids.max() < known:
+            wrong = sample.ids[(sample.ids < 0) | (sample.ids >= known)][0]
+            raise ValueError(f"it holds the id {wrong}, the tokenizer has ids below {known}")
+        context, end = (self.encoding.tokenizer.id_of(token) for token in (IMAGE_CONTEXT, IMAGE_END))
+        last = int(self._picture_ends[place])
+        sizes = self._sizes[last - int(self._columns[place, 2]) : last].tolist()
+        if index_row(sample, context, end) != tuple(self._columns[place].tolist()) or [list(i.size) for i in sample.images] != sizes:
+            raise ValueError("the index of its shard says something else of it")
 
     def _reader(self, shard: int, path: Path) -> Any:
         with self._lock:

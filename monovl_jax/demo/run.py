@@ -107,12 +107,13 @@ def demo(run_dir: str | Path = "runs/demo", quick: bool = False, seed: int = 0, 
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     world, layout, recipe = prepare(run_dir, quick, seed)
-    ops = Ops()
+    ops, feed = Ops(), batches(world, layout, recipe)
     evaluator = Evaluator(world, layout, recipe.model, ops, questions or (40 if quick else 200))
     records = train(
         recipe,
         run_dir,
-        batches(world, layout, recipe),
+        feed,
+        data_state=feed,
         evaluate=evaluator,
         initial=lambda: initial_parameters(recipe),
         ops=ops,

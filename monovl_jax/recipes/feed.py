@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any
 
 import jax
 
@@ -62,6 +63,17 @@ class Feed:
             text = self._pipeline(stage, stage.text_mixture, stage.text_length, 0, stage.text_rows) if stage.text_rows else None
             self._made[stage.name] = main, text
         return self._made[stage.name]
+
+    def state(self, stage: Stage, position: int) -> list[Any]:
+        """`training.loop.DataState`: where each pipeline of the stage is before batch number `position`, in JSON values."""
+        return [pipeline.state(position) for pipeline in self.pipelines(stage) if pipeline is not None]
+
+    def restore(self, stage: Stage, state: Any) -> bool:
+        """Goes on where `state` says; False when it is not of these data."""
+        pipelines = [pipeline for pipeline in self.pipelines(stage) if pipeline is not None]
+        if not isinstance(state, list) or len(state) != len(pipelines):
+            return False
+        return all(pipeline.restore(part) for pipeline, part in zip(pipelines, state, strict=True))
 
     def __call__(self, stage: Stage, position: int) -> Generator[tuple[Batch, ...], None, None]:
         """Endless batches number `position`, position + 1, ...: `training.loop.MakeBatches`."""

@@ -375,6 +375,7 @@ class Launch:
             self.recipe,
             self.run_dir,
             self.batches,
+            data_state=self.feed,
             initial=self.initial,
             ops=self.ops,
             frozen_dtype=self.ops.dtype,

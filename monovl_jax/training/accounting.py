@@ -41,6 +41,7 @@ class Progress:
 
     position: number of the next batch. seconds: training time so far. began: wall clock when the stage first began. useful: seconds in
     which steps were made that count. skipped, in_a_row: updates left out so far, and the last of them in a row. loss: the last finite one.
+    data: where the data were when it was saved (`training.loop.DataState`); version 0.1.0 did not write it.
     """
 
     step: int = 0
@@ -51,10 +52,12 @@ class Progress:
     skipped: int = 0
     in_a_row: int = 0
     loss: float = math.nan
+    data: Any = None
 
     @classmethod
     def of(cls, meta: Mapping[str, Any]) -> Progress:
-        return cls(**{field.name: meta[field.name] for field in dataclasses.fields(cls)})
+        names = [field.name for field in dataclasses.fields(cls) if field.name != "data"]
+        return cls(**{name: meta[name] for name in names}, data=meta.get("data"))
 
 
 class Clock:

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,20 @@ MakeBatches = Callable[[Stage, int], Iterator[Batch]]
 
 A batch is a part or a tuple of parts, dicts of host arrays [rows, ...] (this process's rows, `parallel.mesh.row_share`; the loop cuts
 micro-batches)."""
+
+
+@runtime_checkable
+class DataState(Protocol):
+    """Lets `MakeBatches` begin at a position without going over what lies before it."""
+
+    def state(self, stage: Stage, position: int) -> Any:
+        """JSON value, kept in the checkpoint: where the data are before batch number `position`. The same on every process."""
+        ...
+
+    def restore(self, stage: Stage, state: Any) -> bool:
+        """Called before batches are made again. False when the state is not of these data: the position alone is used."""
+        ...
+
 
 Evaluate = Callable[[str, Any, Tree], Any]
 """(stage name, graphdef, parameters of the whole model) -> JSON value or None, kept in `done.json` or `evaluations.jsonl`.
@@ -126,6 +140,7 @@ class _Run:
     recipe: Recipe
     run_dir: AnyPath
     make_batches: MakeBatches
+    data_state: DataState | None
     evaluate: Evaluate | None
     initial: Initial | None
     ops: Ops
@@ -215,6 +230,14 @@ class _Run:
         store.save_base(frozen)
         return trainable, opt_state, frozen, Progress()
 
+    def go_on_with_data(self, stage: Stage, progress: Progress, log: RunLog | None) -> None:
+        """Puts the data where the checkpoint has them, or says that what lies before is planned again."""
+        if self.data_state is None or not progress.position or self.data_state.restore(stage, progress.data):
+            return
+        if log is not None:
+            why = "holds no state of the data" if progress.data is None else "holds the state of other data"
+            log.say(f"{stage.name}: the checkpoint {why}; the order of the {progress.position} batches before is planned again")
+
     def train_stage(self, stage: Stage, store: StageStore, log: RunLog | None, watchdog: Watchdog) -> None:
         """Trains a stage to its end, writes `final`, and leaves the parameters in `self.parameters`."""
         optimizer = make_optimizer(stage)
@@ -234,6 +257,7 @@ class _Run:
         done = progress.step
         if log is not None:
             log.begin_stage(stage.name, stage.steps, done)
+        self.go_on_with_data(stage, progress, log)
         clock = Clock(progress)
         flops = step_flops(self.recipe.model, frozenset(flatten(trainable)))
         batches = Prefetcher(self.make_batches(stage, progress.position), lambda batch: place_batch(batch, self.mesh, stage.accumulation))
@@ -268,6 +292,7 @@ class _Run:
                     # The rows up to here come first: a log has every step that a checkpoint has.
                     settler.settle()
                     with clock.aside(), watchdog.doing("save", stage.name, number):
+                        progress.data = self.data_state.state(stage, progress.position) if self.data_state is not None else None
                         store.save(number, trainable, opt_state, dataclasses.asdict(progress))
                     if log is not None:
                         log.flush()
@@ -331,6 +356,7 @@ def train(
     run_dir: str | AnyPath,
     make_batches: MakeBatches,
     *,
+    data_state: DataState | None = None,
     evaluate: Evaluate | None = None,
     initial: Initial | None = None,
     ops: Ops | None = None,
@@ -359,6 +385,7 @@ def train(
 
     Args:
       make_batches: the data of a stage from a position on; see `MakeBatches`.
+      data_state: saves with each checkpoint where `make_batches` is, and goes on there; see `DataState`.
       evaluate: called at the end of each stage; see `Evaluate`. A stage killed while evaluating evaluates again.
       initial: makes the nested dict of parameters to start from; by default random ones of `recipe.seed`. Not called on resume.
       ops: how the model computes (compute dtype, remat, kernels).
@@ -399,6 +426,7 @@ def train(
         recipe=recipe,
         run_dir=run_dir,
         make_batches=make_batches,
+        data_state=data_state,
         evaluate=evaluate,
         initial=initial,
         ops=ops,

@@ -1,3 +1,6 @@
+import json
+import threading
+import time
 from collections import Counter
 from itertools import islice
 
@@ -177,3 +180,55 @@ def test_memory_and_text_sources() -> None:
     assert text[0].loss_weights.tolist() == [0, 1, 1, 1, 1]
     with Pipeline([memory, text], tiny_spec(encoding), 1, 0, window=8).batches() as iterator:
         assert (next(iterator)["token_types"] == 1).any()
+
+
+@pytest.mark.parametrize("options", [{}, {"threads": 3}, {"process_index": 1, "process_count": 2}])
+def test_a_state_goes_on_without_planning_what_lies_before(options: dict) -> None:
+    """Through JSON, at places in and between windows; the batches are those of a run that was not interrupted, to the bit."""
+    straight = pipeline(**options)
+    with straight.batches() as iterator:
+        expected = list(islice(iterator, 40))
+        for start in (0, 1, 17, 33):
+            state = json.loads(json.dumps(straight.state(start)))
+            again = pipeline(**options)
+            assert again.restore(state) and again.state(start) == state
+            with again.batches(start) as resumed:
+                assert all(equal(a, b) for a, b in zip(islice(resumed, 40 - start), expected[start:], strict=True))
+    assert state["window"] > 3 and sum(state["drawn"]) == 40 * state["window"]
+
+
+def test_a_far_state_costs_no_more_than_a_near_one() -> None:
+    """Window 400,000 of samples that each fill a row, so that its first row is known: one window is planned."""
+    encoding, measured = tiny_encoding(), []
+    source = World(1 << 40, encoding)
+    source.lengths = lambda indices: measured.append(len(indices)) or np.full((len(indices), 2), [96, 6])
+    far = Pipeline([source], tiny_spec(encoding), 40, 0, window=40, threads=0)
+    assert far.restore({**far.state(0), "window": 400_000, "row": 16_000_000, "drawn": [16_000_000]})
+    assert far.state(400_000)["row"] == 16_000_000
+    assert far._planner.row(16_000_000)[0].shape == (1, 2) and measured == [40]
+    assert far._planner.row(0)[0].shape == (1, 2) and measured == [40, 40]
+
+
+def test_states_of_other_data_are_not_taken() -> None:
+    state = pipeline().state(9)
+    assert pipeline(rows=2).restore(state)
+    assert not any(pipeline(**options).restore(state) for options in ({"seed": 1}, {"window": 41}))
+    for change in ({"window": -1}, {"row": True}, {"row": 1.0}, {"drawn": [1]}, {"drawn": [0, 0]}, {"drawn": None}, {"of": None}):
+        fresh = pipeline()
+        assert not fresh.restore({**state, **change}) and equal(fresh.batch(0), pipeline().batch(0))
+    assert not any(pipeline().restore(value) for value in (None, 3, "x", []))
+
+
+def test_a_thread_plans_ahead() -> None:
+    source, measured = World(400, tiny_encoding()), []
+    source.lengths = lambda indices: measured.append(len(indices)) or [source.length(int(i)) for i in indices]
+    mixture = Pipeline([source], tiny_spec(source.encoding), 1, 0, window=4)
+    mixture.batch(0)
+    deadline = time.monotonic() + 20
+    while len(measured) < 17 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(measured) == 17
+    before = threading.active_count()
+    with pytest.raises(ValueError, match="none of 4 samples fits"):
+        Pipeline([World(40, source.encoding)], tiny_spec(source.encoding, tokens=3), 2, 0, window=4).batch(0)
+    assert threading.active_count() <= before

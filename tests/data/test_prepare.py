@@ -7,6 +7,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from PIL import Image
 from monovl_jax.config import config_to_json, tiny
 from monovl_jax.data import commands
 from monovl_jax.data import prepare as module
+from monovl_jax.data import shards as shards_module
 from monovl_jax.data.images import MAX_PIXELS
 from monovl_jax.data.jsonl import JsonlSource
 from monovl_jax.data.meta import MetaError, read_meta
@@ -320,7 +322,7 @@ def test_an_annotation_that_changes_meanwhile(home: Path, tmp_path: Path) -> Non
 
 def test_a_full_disk_is_an_error(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The writer of ArrayRecord says nothing when bytes are lost; the file is read back before it counts."""
-    real = module.array_record()
+    real = shards_module.array_record()
 
     class Losing:
         ArrayRecordReader = real.ArrayRecordReader
@@ -426,6 +428,43 @@ def test_damage_is_named_before_training(copied: Path, message: str) -> None:
     assert message in str(caught.value) and len(str(caught.value).splitlines()) == 1
 
 
+INDEX_DIFFERS = "the index of its shard says something else of it"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda sample: replace(sample, ids=np.full_like(sample.ids, 1 << 30)), "it holds the id 1073741824, the tokenizer has ids below"),
+        (lambda sample: replace(sample, ids=-sample.ids), "it holds the id -"),
+        (
+            lambda sample: replace(sample, ids=sample.ids[1:], supervised=sample.supervised[1:]),
+            INDEX_DIFFERS,
+        ),
+        (lambda sample: replace(sample, line=sample.line + 1), INDEX_DIFFERS),
+        (
+            lambda sample: replace(sample, images=[replace(i, size=(1, 1)) for i in sample.images]),
+            INDEX_DIFFERS,
+        ),
+    ],
+    ids=["an id too large", "negative ids", "a shorter sample", "another line", "another size"],
+)
+def test_forged_records_are_named(copied: Path, change: Callable[[StoredSample], StoredSample], message: str) -> None:
+    """All digests are those of the forged shard: what a record holds is compared with the tokenizer and with the index."""
+    records, path = shards_module.array_record(), copied / "shard-00000.arrayrecord"
+    reader = records.ArrayRecordReader(str(path))
+    samples = [StoredSample.from_bytes(record) for record in reader.read_all()]
+    reader.close()
+    assert samples[0].images
+    writer = records.ArrayRecordWriter(str(path), "group_size:1")
+    for sample in samples:
+        writer.write(change(sample).to_bytes())
+    writer.close()
+    told = {"bytes": path.stat().st_size, "sha256": module.file_sha256(path), "digest": shards_module.sampled_digest(path)}
+    rewrite(copied, lambda m: m["shards"][0].update(told), sign=True)
+    with pytest.raises(MetaError, match=f"shard-00000.arrayrecord: record 0 cannot be read .{message}"):
+        PreparedSource(copied, tiny_encoding())[0]
+
+
 def test_verify_reads_the_rejected_samples(copied: Path) -> None:
     (copied / "rejected.jsonl").unlink()
     with pytest.raises(MetaError, match=r"rejected\.jsonl cannot be read"):
@@ -440,8 +479,6 @@ def test_folders_of_the_first_version_are_read(copied: Path) -> None:
 
 
 def test_another_tokenizer_or_template_is_refused(home: Path) -> None:
-    from dataclasses import replace
-
     encoding = tiny_encoding()
     with pytest.raises(MetaError, match="prepared with another chat template"):
         PreparedSource(home / "prepared" / "street", replace(encoding, template=replace(encoding.template, separator="<|end|>!")))

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from experiments.benchmarks.data import TILING, V, llava_like, packing_waste
+from experiments.benchmarks.data import TILING, V, llava_like, packing_waste, resume
 
 
 def test_the_lengths_are_those_of_the_formula() -> None:
@@ -19,3 +19,8 @@ def test_packing_wastes_little_when_rows_have_the_shape_of_the_data() -> None:
     for name in ("rows of sft", "long rows, shaped like the data"):
         assert shapes[name]["token_waste"] < 0.05 and shapes[name]["tile_waste"] < 0.15
     assert all(0 <= row[key] < 1 for row in shapes.values() for key in ("token_waste", "tile_waste"))
+
+
+def test_going_on_costs_the_same_everywhere() -> None:
+    found = resume(windows=3)
+    assert found["seconds"]["400000"] < found["bar"]

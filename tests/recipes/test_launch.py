@@ -24,6 +24,7 @@ from monovl_jax import cli
 from monovl_jax.config import config_to_json, tiny
 from monovl_jax.data.images import recompress
 from monovl_jax.data.meta import MetaError, read_meta, shares
+from monovl_jax.data.pipeline import Pipeline
 from monovl_jax.data.prepare import TextSettings, find_sets
 from monovl_jax.data.prepare import prepare as prepare_data
 from monovl_jax.data.sources import BadSamples
@@ -247,8 +248,12 @@ def test_a_second_stage_of_its_own_interrupted_and_resumed(home: Path, trained: 
         patch.setattr(launch.Launch, "batches", stopping)
         code, _, err = command(home, **options)
     assert code == 130 and "the same command goes on" in err and "weights from" in err and "visual experts are replaced" not in err
-    code, _, err = command(home, **options)
-    assert code == 0 and "continued after 2" in err, err
+    saved: list[bool] = []
+    with pytest.MonkeyPatch.context() as patch:
+        original_restore = Pipeline.restore
+        patch.setattr(Pipeline, "restore", lambda self, state: saved.append(original_restore(self, state)) or saved[-1])
+        code, _, err = command(home, **options)
+    assert code == 0 and "continued after 2" in err and "planned again" not in err and saved and all(saved), err
     assert losses(run, "S2") == losses(trained[0], "S2")
     listed = (run / "bad_samples.jsonl").read_text().splitlines()
     assert len(listed) == len(set(listed)) == len(BAD) + 1

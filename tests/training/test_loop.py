@@ -133,6 +133,41 @@ def test_resume_gives_the_same_bits(straight: tuple, tmp_path: Path) -> None:
     assert [name for name, _ in attempts] == ["S0", "S0", "S1.1"] and attempts[-1][1] == straight[2]["S1.1"]
 
 
+class Places:
+    """A `DataState` that tells where it was, and takes only what it told."""
+
+    def __init__(self, name: str = "mine"):
+        self.name, self.restored = name, []
+
+    def state(self, stage: Any, position: int) -> Any:
+        return [self.name, stage.name, position]
+
+    def restore(self, stage: Any, state: Any) -> bool:
+        self.restored.append(state)
+        return state is not None and state[0] == self.name
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "found", "said"),
+    [
+        (Places(), Places(), ["mine", "S1.1", 4], None),
+        pytest.param(None, Places(), None, "holds no state of the data; the order of the 4 batches", marks=pytest.mark.slow),
+        pytest.param(Places("other"), Places(), ["other", "S1.1", 4], "holds the state of other data", marks=pytest.mark.slow),
+    ],
+    ids=["kept", "a checkpoint of the first version", "other data"],
+)
+def test_checkpoints_keep_where_the_data_are(
+    before: Places | None, after: Places, found: Any, said: str | None, straight: tuple, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(Crash):
+        train(SMALL, tmp_path, crashing({"S1.1": 5}), data_state=before, **QUIET)
+    capsys.readouterr()
+    train(SMALL, tmp_path, make_batches, data_state=after, **{**QUIET, "progress": True})
+    assert after.restored == [found] and losses(tmp_path) == losses(straight[0])
+    printed = " ".join("".join(capsys.readouterr()).split())
+    assert said in printed if said else "planned again" not in printed
+
+
 def test_interrupted_stages_do_not_load(tmp_path: Path) -> None:
     with pytest.raises(Crash):
         train(SMALL, tmp_path / "run", crashing({"S0": 0}), **{**QUIET, "initial": None})
