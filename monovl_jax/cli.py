@@ -132,6 +132,7 @@ def generate(
     max_new_tokens: int = 64,
     dtype: Dtype | None = None,
     verify: bool = True,
+    trust_control_tokens: bool = False,
     sampling: SamplingOptions = SamplingOptions(),
 ) -> int:
     """Answer one prompt about any number of pictures, or a file of prompts (docs/inference.md).
@@ -149,6 +150,7 @@ def generate(
         max_new_tokens: longest answer.
         dtype: of the computation; float32 on CPU and bfloat16 elsewhere by default.
         verify: compare the digests of an imported model's files first.
+        trust_control_tokens: a control token in a prompt (`<|im_end|>`) is one, as upstream has it; text by default.
     """
     from monovl_jax.data.errors import SampleError
 
@@ -161,7 +163,7 @@ def generate(
             return 2
     try:
         chosen = _sampling(sampling)
-        loaded, generator = _ready(model, stage, step, dtype, verify)
+        loaded, generator = _ready(model, stage, step, dtype, verify, trust_control_tokens)
         if prompt is not None:
             asked = loaded.prompt(prompt, list(image))
             print(loaded.answer(generator, [asked], max_new_tokens, chosen)[0])
@@ -209,6 +211,7 @@ def chat(
     max_new_tokens: int = 512,
     dtype: Dtype | None = None,
     verify: bool = True,
+    trust_control_tokens: bool = False,
     sampling: SamplingOptions = SamplingOptions(),
 ) -> int:
     """Talk with a model in the terminal; /help lists what else it understands (docs/inference.md).
@@ -220,6 +223,7 @@ def chat(
         max_new_tokens: longest answer.
         dtype: of the computation; float32 on CPU and bfloat16 elsewhere by default.
         verify: compare the digests of an imported model's files first.
+        trust_control_tokens: a control token in a question (`<|im_end|>`) is one, as upstream has it; text by default.
     """
     from rich.console import Console
 
@@ -231,7 +235,7 @@ def chat(
         return 2
     try:
         chosen = _sampling(sampling)
-        loaded, generator = _ready(model, stage, step, dtype, verify)
+        loaded, generator = _ready(model, stage, step, dtype, verify, trust_control_tokens)
     except (ValueError, OSError) as error:
         print(f"monovl chat: {error}", file=sys.stderr)
         return 2
@@ -246,7 +250,7 @@ def _sampling(options: SamplingOptions) -> Any:
     return Sampling(**dataclasses.asdict(options))
 
 
-def _ready(model: Path, stage: str | None, step: Step | None, dtype: Dtype | None, verify: bool) -> tuple[Any, Any]:
+def _ready(model: Path, stage: str | None, step: Step | None, dtype: Dtype | None, verify: bool, trust: bool) -> tuple[Any, Any]:
     """A loaded model and its generator; what they compile is kept on disk for the next time."""
     import jax
     import jax.numpy as jnp
@@ -257,7 +261,7 @@ def _ready(model: Path, stage: str | None, step: Step | None, dtype: Dtype | Non
 
     keep_programs()
     compile_seconds()  # counts from here
-    loaded = from_pretrained(model, stage, step, verify)
+    loaded = dataclasses.replace(from_pretrained(model, stage, step, verify), trust_control_tokens=trust)
     kind = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     return loaded, loaded.generator(Ops(dtype=jnp.dtype(kind).type))
 
@@ -305,6 +309,7 @@ def train(
     mesh_fsdp: Annotated[int, tyro.conf.arg(name="mesh.fsdp")] = 1,
     mesh_tensor: Annotated[int, tyro.conf.arg(name="mesh.tensor")] = 1,
     distributed: bool | None = None,
+    trust_control_tokens: bool = False,
 ) -> int:
     """Train a recipe on your own pictures and conversations (docs/training.md). Rerun the same command to resume.
 
@@ -343,6 +348,7 @@ def train(
         mesh_fsdp: devices among which rows and parameters are divided.
         mesh_tensor: devices among which heads, hidden units and vocabulary are divided.
         distributed: join the processes of other hosts before anything else; found out from the environment by default.
+        trust_control_tokens: a control token in a text (`<|im_end|>`) is one, as upstream has it; text by default.
     """
     from monovl_jax.recipes import launch
     from monovl_jax.training.preemption import PreemptedError
@@ -384,6 +390,7 @@ def train(
             index_dir=index_dir,
             mesh=(mesh_data, mesh_fsdp, mesh_tensor),
             distributed=distributed,
+            trust_control_tokens=trust_control_tokens,
             say=say,
         )
         options = launch.run_options(profile, xla_option, say)

@@ -37,10 +37,12 @@ class Pretrained:
     params: dict[str, Any]
     tokenizer: Tokenizer
     folder: Path
+    trust_control_tokens: bool = False
+    """Whether control tokens in a user's text are such (`ChatTemplate`)."""
 
     @property
     def template(self) -> ChatTemplate:
-        return template_named(self.config.template)
+        return dataclasses.replace(template_named(self.config.template), trust_control_tokens=self.trust_control_tokens)
 
     def tiling(self) -> TilingConfig:
         """How this model cuts pictures into tiles."""

@@ -8,6 +8,9 @@ separators are special tokens, so this equals tokenising the whole string), and 
     internvl2_5      the same with "\\n" after every <|im_end|>, which is not supervised
 
 The supervised part begins after as many tokens as the header gives by itself, as upstream counts it.
+A control token (what the template, the image slots and the ends of texts are made of) that somebody writes in a text is text: it is cut
+inside before it is tokenised, `<` + `|im_end|>`, so that no text opens or closes a turn. Other special tokens (`<ref>`, `<box>`) are
+recognised in texts. Upstream takes all for what they say; a template with `trust_control_tokens` does too.
 `<image>` in a user's text stands for `<img>` + `<IMG_CONTEXT>` * (V * tiles) + `</img>`.
 
 Source: Mono-InternVL internvl/conversation.py:238-247, 730-744; internvl/train/dataset.py:404-491 (preprocess_internlm);
@@ -16,7 +19,10 @@ InternVL internvl/train/dataset.py (preprocess_mpt, preprocess_phi3, preprocess_
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -67,6 +73,8 @@ class ChatTemplate:
     system_turn: bool = False
     image_separator: str = "\n"
     """Between the pictures and a question that does not place them itself."""
+    trust_control_tokens: bool = False
+    """Whether a control token in a text is one, as upstream has it."""
 
     def __post_init__(self) -> None:
         if not self.separator.startswith(self.stop):
@@ -271,13 +279,21 @@ def _encode(
         have = f"{found} {IMAGE_PLACEHOLDER} for {len(tiles_per_image)} picture(s)"
         raise SampleError(f"the user's texts contain {have}; write one {IMAGE_PLACEHOLDER} per picture.")
     slots = [tiles * visual_tokens_per_tile for tiles in tiles_per_image]
+    controls = {} if template.trust_control_tokens else control_tokens(template, tokenizer)
     ids, supervised, used = list(tokenizer.prefix_ids), [False] * len(tokenizer.prefix_ids), 0
     for message in messages:
-        header = template.header(message.role)
-        text = header + message.text + (template.end(message.role) if message.closed else "")
-        count = message.text.count(IMAGE_PLACEHOLDER) if message.role == "user" else 0
-        new = _with_images(text, slots[used : used + count], tokenizer) if count else tokenizer.encode(text)
-        used += count
+        header, end_text = template.header(message.role), template.end(message.role) if message.closed else ""
+        first, *rest = _cut_inside(message.text, controls)
+        parts = [header + first, *rest]
+        parts[-1] += end_text
+        new: list[int] = []
+        for part in parts:
+            count = part.count(IMAGE_PLACEHOLDER) if message.role == "user" else 0
+            new += _with_images(part, slots[used : used + count], tokenizer) if count else tokenizer.encode(part)
+            used += count
+        if controls:
+            shown = slots[used - message.text.count(IMAGE_PLACEHOLDER) : used] if message.role == "user" else []
+            _check_controls(new, [*tokenizer.encode(header), *tokenizer.encode(end_text)], shown, controls, message.role)
         mask = [False] * len(new)
         if message.role == "assistant" and message.closed:
             begin = len(tokenizer.encode(header))
@@ -291,6 +307,45 @@ def _encode(
     if named and np.count_nonzero(array == tokenizer.id_of(IMAGE_CONTEXT)) != sum(slots):
         raise SampleError(f"a text contains the token {IMAGE_CONTEXT} itself; remove it, pictures are written as {IMAGE_PLACEHOLDER}.")
     return Encoded(array, np.asarray(supervised, bool), sum(slots))
+
+
+@functools.lru_cache(maxsize=64)
+def control_tokens(template: ChatTemplate, tokenizer: Tokenizer) -> dict[str, int]:
+    """{name: id} of the tokens that only the template may make: its own, those around images, and those that begin, end and fill texts."""
+    strings = (template.system_header or "", template.user_header, template.assistant_header, template.separator, template.stop)
+    written = "".join(strings) + (template.user_separator or "")
+    names = {name for name in tokenizer.added_names() if name.strip() and name in written}
+    names |= {*re.findall(r"<[^<>\s]+>", written), IMAGE_START, IMAGE_END, IMAGE_CONTEXT}
+    names |= {name for i in (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) if i is not None and (name := tokenizer.token_of(i))}
+    return {name: tokenizer.id_of(name) for name in sorted(names) if tokenizer.has(name)}
+
+
+@functools.lru_cache(maxsize=64)
+def _any_of(names: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, names)))
+
+
+def _cut_inside(text: str, controls: Mapping[str, int]) -> list[str]:
+    """The text in pieces, none of which holds a control token: `a<|im_end|>` -> `a<`, `|im_end|>`."""
+    pieces, begin = [], 0
+    if controls:
+        pattern = _any_of(tuple(controls))
+        while (match := pattern.search(text, begin)) is not None:
+            pieces.append(text[begin : match.start() + 1])
+            begin = match.start() + 1
+    return [*pieces, text[begin:]]
+
+
+def _check_controls(ids: Sequence[int], frame: Sequence[int], slots: Sequence[int], controls: Mapping[str, int], role: Role) -> None:
+    """Raises SampleError for a message with other control tokens than those of its frame and images: its text made them otherwise."""
+    known = set(controls.values())
+    there, wanted = Counter(i for i in ids if i in known), Counter(i for i in frame if i in known)
+    for name, count in ((IMAGE_START, len(slots)), (IMAGE_END, len(slots)), (IMAGE_CONTEXT, sum(slots))):
+        if name in controls:
+            wanted[controls[name]] += count
+    if any(there[i] != wanted[i] for i in known):
+        name = next(name for name, i in controls.items() if there[i] != wanted[i])
+        raise SampleError(f"a text of the {role} makes the control token {name!r}, which only the template may write; change the text.")
 
 
 def _with_images(text: str, slots: Sequence[int], tokenizer: Tokenizer) -> list[int]:

@@ -23,6 +23,7 @@ def data_prepare(
     workers: int = os.cpu_count() or 1,
     samples_per_shard: int = 2048,
     verify_images: bool = False,
+    trust_control_tokens: bool = False,
     beam: str | None = None,
 ) -> int:
     """JSONL and pictures to shards that training reads at random, once for all stages (docs/data.md). Rerun to go on.
@@ -37,6 +38,7 @@ def data_prepare(
         workers: processes; they change nothing in the result.
         samples_per_shard: lines of the JSONL file that make one shard.
         verify_images: decode every picture, not only its header, and leave broken ones out.
+        trust_control_tokens: a control token in a text (`<|im_end|>`) is one, as upstream has it; text by default.
         beam: instead of workers, run on Apache Beam with these pipeline options ("" for this machine).
     """
     from monovl_jax.data.meta import MetaError
@@ -51,7 +53,7 @@ def data_prepare(
             from monovl_jax.data.beam import beam_runner
 
             run = beam_runner(beam)
-        settings = settings_of(model, tokenizer, template, verify_images)
+        settings = settings_of(model, tokenizer, template, verify_images, trust_control_tokens)
         sizes: Any = dict(workers=workers, samples_per_shard=samples_per_shard)
         prepare(find_sets(source, root), out, settings, say=say, run=run, **sizes)
     except (MetaError, ValueError, OSError) as error:

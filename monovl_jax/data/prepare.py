@@ -21,7 +21,7 @@ import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -81,11 +81,13 @@ class TextSettings:
     visual_tokens_per_tile: int
     verify_images: bool = False
     max_pixels: int = MAX_PIXELS
+    trust_control_tokens: bool = False
 
     def encoding(self) -> Encoding:
         """Without limits of rows. Raises ValueError for a folder without a tokenizer, or one without the picture tokens."""
         tokenizer = _tokenizer(self.tokenizer)
-        return Encoding(tokenizer, template_named(self.template), self.tiling, self.visual_tokens_per_tile)
+        template = replace(template_named(self.template), trust_control_tokens=self.trust_control_tokens)
+        return Encoding(tokenizer, template, self.tiling, self.visual_tokens_per_tile)
 
 
 @functools.lru_cache(maxsize=4)
@@ -243,7 +245,11 @@ def plan_shards(data: DataSet, folder: Path, settings: TextSettings, samples_per
 
 
 def settings_of(
-    model: Path | None, tokenizer: Path | None = None, template: str | None = None, verify_images: bool = False
+    model: Path | None,
+    tokenizer: Path | None = None,
+    template: str | None = None,
+    verify_images: bool = False,
+    trust_control_tokens: bool = False,
 ) -> TextSettings:
     """The settings for a model's folder (a released or imported one, or a run), or for a tokenizer's folder and the name of a template.
 
@@ -259,7 +265,7 @@ def settings_of(
         template, tokenizer, per_tile = template or config.template, tokenizer or model, config.vision.tokens_per_tile
         tiling = TilingConfig(config.vision.tile_size, config.min_tiles, config.max_tiles, config.use_thumbnail)
     assert tokenizer is not None and template is not None
-    return TextSettings(tokenizer, template, tiling, per_tile, verify_images)
+    return TextSettings(tokenizer, template, tiling, per_tile, verify_images, trust_control_tokens=trust_control_tokens)
 
 
 def find_sets(source: Path, root: Path | None = None) -> dict[str, DataSet]:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import struct
 import threading
 import zipfile
@@ -44,6 +45,7 @@ from monovl_jax.data.sources import BadSamples, Encoding, make_example
 from monovl_jax.data.tiling import TilingConfig, count_tiles, tile_image
 
 FORMAT = 1
+TRUST = "trust_control_tokens"
 REJECTED = "rejected.jsonl"
 REJECTED_DIGEST = "rejected_sha256"  # in the manifest; version 0.1.0 did not write it
 _MAGIC = b"MVL1"
@@ -307,8 +309,17 @@ class PreparedSource:
         self.first_rejected = bad_lines[0][:2] if bad_lines else None
 
     def _check_settings(self) -> None:
-        for key, value in text_settings(self.encoding).items():
-            if self.manifest["settings"].get(key) != value:
+        there, here = self.manifest["settings"], text_settings(self.encoding)
+        template = there.get("template")
+        if isinstance(template, dict) and TRUST not in template:  # of version 0.1.0, which took control tokens in texts for such
+            there = {**there, "template": template | {TRUST: here["template"][TRUST]}}
+            if not here["template"][TRUST]:
+                logging.getLogger(__name__).warning("%s is of version 0.1.0: control tokens in its texts are control tokens", self.folder)
+        elif isinstance(template, dict) and template[TRUST] != here["template"][TRUST]:
+            how = "with" if template[TRUST] else "without"
+            raise MetaError(f"{self.folder} was prepared {how} --trust-control-tokens; train {how} it, or prepare again")
+        for key, value in here.items():
+            if there.get(key) != value:
                 raise MetaError(
                     f"{self.folder} was prepared with another {'tokenizer' if key == 'tokenizer' else 'chat template'} than this run's; "
                     "give that one, or run `monovl data prepare` again with --model of this run"

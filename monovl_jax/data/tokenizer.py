@@ -65,6 +65,7 @@ class _Backend(Protocol):
     def token_of(self, index: int) -> str | None: ...
     def size(self) -> int: ...
     def stripping(self, token: str) -> tuple[bool, bool]: ...
+    def added(self) -> list[str]: ...
     def content(self) -> bytes: ...
 
 
@@ -93,6 +94,9 @@ class _JsonBackend:
     def stripping(self, token: str) -> tuple[bool, bool]:
         return self._strip.get(token, (False, False))
 
+    def added(self) -> list[str]:
+        return list(self._strip)
+
     def content(self) -> bytes:
         return self.tokenizer.to_str(pretty=True).encode()
 
@@ -104,9 +108,9 @@ class _SentencePieceBackend:
         import sentencepiece
 
         self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(model))
-        self.added = {token.content: token for token in added}
-        self.by_id = {token.id: token for token in self.added.values()}
-        names = sorted(self.added, key=len, reverse=True)
+        self.tokens = {token.content: token for token in added}
+        self.by_id = {token.id: token for token in self.tokens.values()}
+        names = sorted(self.tokens, key=len, reverse=True)
         self._split = re.compile("(" + "|".join(map(re.escape, names)) + ")") if names else None
 
     def encode(self, text: str) -> list[int]:
@@ -114,7 +118,7 @@ class _SentencePieceBackend:
             return self.pieces.encode(text) if text else []
         parts = self._split.split(text)  # text, token, text, token, ..., text
         for at in range(1, len(parts), 2):
-            token = self.added[parts[at]]
+            token = self.tokens[parts[at]]
             if token.rstrip:
                 parts[at + 1] = parts[at + 1].lstrip()
             if token.lstrip:
@@ -128,7 +132,7 @@ class _SentencePieceBackend:
             if not part:
                 continue
             if at % 2:
-                ids.append(self.added[part].id)
+                ids.append(self.tokens[part].id)
             else:
                 ids.extend(self.pieces.encode(part))
         return ids
@@ -145,8 +149,8 @@ class _SentencePieceBackend:
         return "".join([*text, self.pieces.decode(run)])
 
     def id_of(self, token: str) -> int | None:
-        if token in self.added:
-            return self.added[token].id
+        if token in self.tokens:
+            return self.tokens[token].id
         index = self.pieces.piece_to_id(token)
         return None if index == self.pieces.unk_id() and token != self.pieces.id_to_piece(index) else index
 
@@ -159,8 +163,11 @@ class _SentencePieceBackend:
         return max([self.pieces.get_piece_size() - 1, *self.by_id]) + 1
 
     def stripping(self, token: str) -> tuple[bool, bool]:
-        entry = self.added.get(token)
+        entry = self.tokens.get(token)
         return (entry.lstrip, entry.rstrip) if entry else (False, False)
+
+    def added(self) -> list[str]:
+        return list(self.tokens)
 
     def content(self) -> bytes:
         return self.pieces.serialized_model_proto() + repr(sorted(self.by_id.items(), key=lambda item: item[0])).encode()
@@ -235,6 +242,14 @@ class Tokenizer:
         if index is None:
             raise ValueError(f"the tokenizer {self._folder or 'in memory'} has no token {token!r}; add it to the vocabulary.")
         return index
+
+    def has(self, token: str) -> bool:
+        """Whether the vocabulary has a token of this name."""
+        return self._backend.id_of(token) is not None
+
+    def added_names(self) -> list[str]:
+        """The tokens that are recognised in a text before everything else."""
+        return self._backend.added()
 
     def token_of(self, index: int) -> str | None:
         """The name of an id, None outside the vocabulary."""

@@ -159,7 +159,7 @@ def _run_prompts(records: list[dict]) -> list[Check]:
 def _run_labels(folder: Path, case: dict) -> list[Check]:
     if case["function"] not in _RULES:
         raise ValueError(f"{folder / 'case.json'}: function {case['function']!r} is unknown; known are {', '.join(_RULES)}.")
-    template = replace(template_named(case["template"]), **_RULES[case["function"]])
+    template = replace(template_named(case["template"]), trust_control_tokens=True, **_RULES[case["function"]])
     tokenizer = Tokenizer.from_folder(folder / "tokenizer")
     checks = [_exact(f"id of {token}", tokenizer.id_of(token), index) for token, index in case.get("special_ids", {}).items()]
     _size(folder, "model_max_length", case["model_max_length"])

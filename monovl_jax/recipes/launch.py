@@ -28,7 +28,7 @@ from monovl_jax.config import ConfigError, ModelConfig, config_to_json, read_con
 from monovl_jax.convert.checkpoint import PARAMS, is_imported, load_imported, read_marker
 from monovl_jax.convert.key_table import upstream_shapes
 from monovl_jax.convert.weights import WeightFiles, WeightsError, check_names, load_weights
-from monovl_jax.data.chat import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, TEMPLATES
+from monovl_jax.data.chat import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, TEMPLATES, template_named
 from monovl_jax.data.errors import SampleError
 from monovl_jax.data.jsonl import JsonlSource
 from monovl_jax.data.meta import EVERYTHING, DataSet, MetaError, file_digest, read_meta, shares
@@ -55,6 +55,9 @@ from monovl_jax.training.profiling import parse_profile
 from monovl_jax.training.stages import Recipe, RecipeError, Stage
 from monovl_jax.training.step import BatchError
 from monovl_jax.training.trainable import Initial, TrainableError, Tree
+
+CONTROL_TOKENS = "control_tokens"
+"""In the identity of a run: that control tokens in texts are text. Absent where they are trusted, as in every run of version 0.1.0."""
 
 DATA, BAD_SAMPLES, INDEX = "data.json", "bad_samples.jsonl", "index"
 
@@ -221,6 +224,7 @@ class OwnData:
     strict: bool
     verify_images: bool
     say: Say
+    trust_control_tokens: bool = False
 
     def __post_init__(self) -> None:
         self._made: dict[tuple[str, int, int], tuple[JsonlSource | PreparedSource, First]] = {}
@@ -247,7 +251,7 @@ class OwnData:
             data = self.sets[name]
             encoding = Encoding(
                 self.tokenizer,
-                TEMPLATES[self.model.template],
+                dataclasses.replace(template_named(self.model.template), trust_control_tokens=self.trust_control_tokens),
                 self.tiling(data, tiles),
                 self.model.vision.tokens_per_tile,
                 max_length=tokens,
@@ -462,6 +466,7 @@ def prepare(
     index_dir: Path | None = None,
     mesh: tuple[int, int, int] = (-1, 1, 1),
     distributed: bool | None = None,
+    trust_control_tokens: bool = False,
     say: Say = print,
 ) -> Launch:
     """Everything up to the first step: recipe, weights, tokenizer, mesh and run directory checked, the data indexed. Compiles nothing.
@@ -512,6 +517,11 @@ def prepare(
         "tokenizer": words.fingerprint(),
         "initial": None if start is None else start.identity,
     }
+    if not trust_control_tokens and (place / checkpoint.EXPERIMENT).exists() and CONTROL_TOKENS not in read_experiment(place)["identity"]:
+        trust_control_tokens = True
+        say(f"{place} was begun with control tokens in texts taken for such, and goes on so")
+    if not trust_control_tokens:
+        identity[CONTROL_TOKENS] = "text"
     check_run_dir(place, chosen, identity)
 
     names = ", ".join(f"{stage.name} ({stage.steps} steps)" for stage in chosen.stages)
@@ -530,7 +540,9 @@ def prepare(
 
     def index() -> tuple[OwnData, Feed]:
         used_sets, bad = {name: sets[name] for name in sets if name in used}, BadSamples(near / BAD_SAMPLES)
-        data = OwnData(chosen.model, words, used_sets, bad, index_dir or near / INDEX, chosen.seed, strict, verify_images, say)
+        data = OwnData(
+            chosen.model, words, used_sets, bad, index_dir or near / INDEX, chosen.seed, strict, verify_images, say, trust_control_tokens
+        )
         feed = Feed(chosen.model.vision, words.id_of(IMAGE_CONTEXT), data, threads=threads, share=row_share(grid))
         for stage in chosen.stages:
             try:

@@ -1,10 +1,11 @@
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from monovl_jax.data.chat import TEMPLATES, Turn, build_prompt, encode_conversation, encode_prompt, parse_turns
+from monovl_jax.data.chat import TEMPLATES, Turn, build_prompt, control_tokens, encode_conversation, encode_prompt, parse_turns
 from monovl_jax.data.errors import SampleError
 from monovl_jax.data.tokenizer import AddedToken, Tokenizer, _SentencePieceBackend
 from tests.data.helpers import tiny_tokenizer
@@ -62,12 +63,80 @@ def test_a_single_picture_goes_first_if_nobody_mentions_it() -> None:
         ([Turn("user", "<image>"), Turn("assistant", "b")], [], "1 <image> for 0 picture"),
         ([Turn("user", "<image>"), Turn("assistant", "b")], [1, 1], "1 <image> for 2 picture"),
         ([Turn("user", "<image><image>"), Turn("assistant", "b")], [1], "2 <image> for 1 picture"),
-        ([Turn("user", "<image><IMG_CONTEXT>"), Turn("assistant", "b")], [1], "contains the token"),
     ],
 )
 def test_bad_conversations(turns: list[Turn], tiles: list[int], message: str) -> None:
     with pytest.raises(SampleError, match=message):
         encode_conversation(turns, TEMPLATES["compact"], tiny_tokenizer(), tiles, 2)
+
+
+def test_a_trusted_image_token_in_a_text_is_refused() -> None:
+    turns = [Turn("user", "<image><IMG_CONTEXT>"), Turn("assistant", "b")]
+    with pytest.raises(SampleError, match="contains the token"):
+        encode_conversation(turns, replace(TEMPLATES["compact"], trust_control_tokens=True), tiny_tokenizer(), [1], 2)
+
+
+FOLDERS = {"internlm2": INTERNLM, "qwen": QWEN, "tiny": None}
+
+
+def tokenizer_named(name: str) -> Tokenizer:
+    folder = FOLDERS[name]
+    return tiny_tokenizer() if folder is None else Tokenizer.from_folder(folder)
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+@pytest.mark.parametrize("name", ["internlm2-chat", "Hermes-2", "internvl2_5", "compact"])
+def test_no_text_makes_a_control_token(kind: str, name: str) -> None:
+    """Whoever writes, and however the tokens are put together: the control tokens of a conversation are those of its template."""
+    tokenizer, template = tokenizer_named(kind), TEMPLATES[name]
+    controls = control_tokens(template, tokenizer)
+    rng, names = np.random.default_rng(0), [*control_tokens(template, tokenizer), "<", "|", ">", "a", " ", "\n", "im_end"]
+    assert len(controls) > 2
+
+    def count(turns: list[Turn], tiles: list[int]) -> dict[str, int]:
+        ids = encode_conversation(turns, template, tokenizer, tiles, 2).ids
+        return {token: int((ids == index).sum()) for token, index in controls.items()}
+
+    plain = [Turn("user", "<image>a"), Turn("assistant", "b"), Turn("user", "c"), Turn("assistant", "d")]
+    want = count(plain, [1])
+    for _ in range(40):
+        hostile = ["".join(rng.choice(names, 6)) for _ in plain]
+        turns = [
+            Turn(turn.role, ("<image>" if i == 0 else "") + "x" + text + "x")
+            for i, (turn, text) in enumerate(zip(plain, hostile, strict=True))
+        ]
+        assert count(turns, [1]) == want, hostile
+        prompt = encode_prompt([Turn("user", "x" + hostile[0] + "x")], template, tokenizer)
+        safe = encode_prompt([Turn("user", "x")], template, tokenizer)
+        assert all((prompt == index).sum() == (safe == index).sum() for index in controls.values())
+    many = encode_prompt([Turn("user", next(iter(controls)) * 5_000)], template, tokenizer)
+    assert len(many) > 5_000
+
+
+@pytest.mark.parametrize("kind", ["internlm2", "qwen"])
+def test_control_tokens_in_a_text_are_readable_and_others_are_still_tokens(kind: str) -> None:
+    tokenizer, template = tokenizer_named(kind), TEMPLATES["internvl2_5"]
+    ids = encode_prompt([Turn("user", "what is <|im_end|>?")], template, tokenizer)
+    assert "<|im_end|>?" in tokenizer.decode(ids, skip_special=False).replace("< |", "<|")
+    trusted = encode_prompt([Turn("user", "what is <|im_end|>?")], replace(template, trust_control_tokens=True), tokenizer)
+    assert trusted.tolist() == tokenizer.encode(
+        build_prompt(template, [Turn("user", "what is <|im_end|>?"), Turn("assistant", None)]), prefix=True
+    )
+    if tokenizer.has("<box>"):
+        grounded = encode_prompt([Turn("user", "<box>[[1, 2]]</box>")], template, tokenizer)
+        assert tokenizer.id_of("<box>") in grounded.tolist()
+
+
+def test_ordinary_texts_have_the_ids_of_trusted_ones() -> None:
+    for kind in FOLDERS:
+        tokenizer = tokenizer_named(kind)
+        for name in ("internlm2-chat", "internvl2_5", "compact"):
+            template = TEMPLATES[name]
+            for text in ("Hello, world", "a < b > c | d", "<b>bold</b>", "  x\n\n", "<image>"):
+                turns, tiles = [Turn("user", text), Turn("assistant", "Yes <i>")], [1] if "<image>" in text else []
+                got = encode_conversation(turns, template, tokenizer, tiles, 2)
+                want = encode_conversation(turns, replace(template, trust_control_tokens=True), tokenizer, tiles, 2)
+                assert got.ids.tolist() == want.ids.tolist() and (got.supervised == want.supervised).all()
 
 
 @pytest.mark.parametrize(

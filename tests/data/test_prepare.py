@@ -48,11 +48,11 @@ LINES = [
     line("wide.png", question="of many tiles <image> é", id={"a": [1]}),
     line("huge.png"),
     line("link.png"),
-    line(None, question="the token <IMG_CONTEXT> itself"),
+    b'{"conversations": []}\n',
     line("a.png", question="a false </img> after <image> and one at the end </img>"),
     line(None, question="no end of line").rstrip(),
 ]
-REJECTED = {3: "does not exist", 7: "not UTF-8", 11: "contains '..'", 13: "limit", 14: "symbolic link", 15: "contains the token"}
+REJECTED = {3: "does not exist", 7: "not UTF-8", 11: "contains '..'", 13: "limit", 14: "symbolic link", 15: "is empty"}
 
 
 @pytest.fixture(scope="module")
@@ -476,6 +476,17 @@ def test_folders_of_the_first_version_are_read(copied: Path) -> None:
     rewrite(copied, lambda m: m.pop("rejected_sha256"), sign=True)
     verify(copied, lambda text: None)
     assert len(PreparedSource(copied, tiny_encoding()))
+
+
+def test_control_tokens_of_prepared_texts_are_those_of_the_run(copied: Path, caplog: pytest.LogCaptureFixture) -> None:
+    encoding = tiny_encoding()
+    trusting = replace(encoding, template=replace(encoding.template, trust_control_tokens=True))
+    with pytest.raises(MetaError, match="was prepared without --trust-control-tokens; train without it, or prepare again"):
+        PreparedSource(copied, trusting)
+    rewrite(copied, lambda m: m["settings"]["template"].pop("trust_control_tokens"), sign=True)  # as version 0.1.0 wrote it
+    for either in (encoding, trusting):
+        assert len(PreparedSource(copied, either))
+    assert caplog.text.count("is of version 0.1.0: control tokens in its texts are control tokens") == 1
 
 
 def test_another_tokenizer_or_template_is_refused(home: Path) -> None:
