@@ -34,6 +34,8 @@ from monovl_jax.pretrained import export, from_pretrained
 from monovl_jax.recipes import launch
 from monovl_jax.recipes.find import adapted, find_recipe
 from monovl_jax.recipes.model_files import model_files
+from monovl_jax.training import checkpoint
+from monovl_jax.training.checkpoint import read_experiment
 from monovl_jax.training.metrics import read_log
 from monovl_jax.training.stages import RecipeError
 from monovl_jax.training.trainable import digests
@@ -257,6 +259,20 @@ def test_a_second_stage_of_its_own_interrupted_and_resumed(home: Path, trained: 
     assert losses(run, "S2") == losses(trained[0], "S2")
     listed = (run / "bad_samples.jsonl").read_text().splitlines()
     assert len(listed) == len(set(listed)) == len(BAD) + 1
+
+
+def test_a_run_of_the_first_version_goes_on_as_it_began(home: Path, trained: tuple[Path, str, str], tmp_path: Path) -> None:
+    """It took control tokens in texts for such, and did not say so."""
+    shutil.copytree(trained[0], tmp_path / "run")
+    record = read_experiment(tmp_path / "run")
+    assert record["identity"].pop("control_tokens") == "text"
+    code, _, err = command(home, run_dir=tmp_path / "run", trust_control_tokens=True)
+    assert code == 2 and "identity.control_tokens is 'text' there and 'absent' here" in err
+    old = {key: value for key, value in record.items() if key != "checksum"}
+    (tmp_path / "run/experiment.json").write_text(json.dumps(old | {"digest": checkpoint._digest(old)}))
+    for options in ({}, {"trust_control_tokens": True}):
+        code, _, err = command(home, run_dir=tmp_path / "run", **options)
+        assert code == 0 and ("taken for such, and goes on so" in err) == (not options), err
 
 
 def test_a_finished_run_is_left_alone(home: Path, trained: tuple[Path, str, str]) -> None:
