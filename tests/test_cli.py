@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -143,3 +144,13 @@ print(jax.config.jax_compilation_cache_max_size)
     cache = {"XDG_CACHE_HOME": str(tmp_path), "JAX_COMPILATION_CACHE_DIR": ""}
     assert run_python(code, **cache).strip() == str(4 << 30)
     assert run_python(code, **cache, JAX_COMPILATION_CACHE_MAX_SIZE="1000000").strip() == "1000000"
+
+
+def test_a_closed_event_loop_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Orbax leaves one behind when an array cannot be read; other errors that nobody can catch are still told."""
+    told: list[str] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: told.append(str(unraisable.exc_value)))
+    cli._quiet_closed_loops()
+    for error in (RuntimeError("Event loop is closed"), RuntimeError("another"), ValueError("Event loop is closed")):
+        sys.unraisablehook(types.SimpleNamespace(exc_value=error))  # pyright: ignore[reportArgumentType]
+    assert told == ["another", "Event loop is closed"]

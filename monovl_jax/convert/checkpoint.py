@@ -32,6 +32,7 @@ from monovl_jax.convert.folders import write_json
 from monovl_jax.convert.key_table import Row, key_table, set_leaf
 from monovl_jax.convert.workers import Progress, Task, run_all, silent
 from monovl_jax.model import VLM
+from monovl_jax.parallel.saved_folders import check_folder
 from monovl_jax.parallel.sharding import parameter_shardings
 
 MARKER, PARAMS, FORMAT, LAYOUT = "model.json", "params", 1, "mono_internvl"
@@ -181,6 +182,7 @@ def open_orbax(folder: str | Path) -> OrbaxFolder:
     """Looks at an Orbax checkpoint of one nested dict. Raises WeightsError when the folder is none."""
     folder = Path(folder).absolute()
     try:
+        check_folder(folder)
         flags = jsontext.read(folder / "_METADATA")
         with ocp.StandardCheckpointer() as checkpointer:
             metadata: Any = checkpointer.metadata(folder)
@@ -188,7 +190,7 @@ def open_orbax(folder: str | Path) -> OrbaxFolder:
         shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
         dtypes = {path: np.dtype(leaf.dtype) for path, leaf in leaves.items()}
         return OrbaxFolder(folder, shapes, dtypes, bool(flags.get("use_ocdbt", True)), bool(flags.get("use_zarr3", False)))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # Orbax and what lies below it answer damaged files with errors of every kind
         raise WeightsError(f"{folder} is no readable Orbax checkpoint ({error}); convert or train again") from None
 
 
@@ -293,11 +295,11 @@ def load_imported(
     Raises WeightsError when the folder is incomplete, damaged or of another model.
     """
     marker = read_marker(folder)
+    if verify:
+        verify_params(folder, marker)
     saved, wanted = open_orbax(Path(folder) / PARAMS), stored_dtype(dtype)
     if problems := leaf_differences(saved, config):
         raise WeightsError(f"{folder}: the parameters do not fit config.json: {'; '.join(problems[:5])}; import the model again")
-    if verify:
-        verify_params(folder, marker)
     target: dict[str, Any] = {}
     for path, shape in saved.shapes.items():
         set_leaf(target, path, jax.ShapeDtypeStruct(shape, wanted or saved.dtypes[path]))
@@ -307,5 +309,11 @@ def load_imported(
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore(Path(folder).absolute() / PARAMS, target)
-    except (ValueError, OSError) as error:
-        raise WeightsError(f"{Path(folder) / PARAMS} cannot be read ({error}); import the model again") from None
+    except (MemoryError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:  # as in `open_orbax`
+        raise WeightsError(f"{Path(folder) / PARAMS} cannot be read ({_first_line(error)}); import the model again") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]

@@ -79,6 +79,8 @@ class WeightFiles:
             with open(file, "rb") as stream:
                 size = int.from_bytes(stream.read(8), "little")
                 header = jsontext.loads(stream.read(size), unique_keys=True)
+            if not all(isinstance(entry, dict) for entry in header.values()):
+                raise ValueError("an entry of its header is no object")
         except (SafetensorError, OSError, ValueError) as error:
             raise WeightsError(f"{file} is no readable safetensors file ({error}); download it again") from None
         data = np.memmap(file, np.uint8, mode="r", offset=0)[8 + size :]

@@ -10,6 +10,7 @@ import os
 import re
 import stat
 import warnings
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -111,7 +112,10 @@ def _open(path: str | Path, max_pixels: int, stream: io.BufferedReader | io.Byte
     except Image.DecompressionBombError:
         raise SampleError(_too_large(path, "more than 178 million pixels", max_pixels)) from None
     except Image.UnidentifiedImageError:
-        size = stream.seek(0, os.SEEK_END)
+        try:
+            size = stream.seek(0, os.SEEK_END)
+        except OSError as error:  # a file of /proc
+            raise SampleError(f"image {path} cannot be read ({type(error).__name__}: {error}); replace the file.") from None
         if size == 0:
             raise SampleError(f"image {path} is empty (0 bytes); copy it again.") from None
         raise SampleError(
@@ -151,6 +155,22 @@ def _scans(jpeg: bytes) -> int:
     return scans
 
 
+def _damaged_chunk(png: bytes) -> str | None:
+    """The name of the first chunk of a PNG file whose checksum does not fit; Pillow does not compare those of pixels."""
+    at, view = 8, memoryview(png)
+    while at + 12 <= len(png):
+        size = int.from_bytes(view[at : at + 4], "big")
+        body, name = view[at + 4 : at + 8 + size], bytes(view[at + 4 : at + 8])
+        if len(body) < size + 4:
+            return None  # cut off: decoding tells
+        if zlib.crc32(body) != int.from_bytes(view[at + 8 + size : at + 12 + size], "big"):
+            return ascii(name.decode("latin-1"))
+        if name == b"IEND":
+            return None
+        at += 12 + size
+    return None
+
+
 def _too_large(path: str | Path, what: str, max_pixels: int) -> str:
     return f"image {path} has {what}, the limit is {max_pixels:,}; shrink it or raise max_pixels."
 
@@ -177,6 +197,8 @@ def load_image(path: str | Path, max_pixels: int = MAX_PIXELS, data: bytes | Non
         size = image.size
         if image.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > MAX_SCANS and _scans(data) > MAX_SCANS:
             raise SampleError(f"image {path} is a JPEG of more than {MAX_SCANS} scans; save it again.")
+        if image.format == "PNG" and (chunk := _damaged_chunk(data)) is not None:
+            raise SampleError(f"image {path} is damaged: the checksum of its chunk {chunk} does not fit; copy it again.")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of damaged metadata

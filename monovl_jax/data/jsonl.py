@@ -163,7 +163,7 @@ class JsonlSource:
         try:
             return parse_line(raw)
         except SampleError as error:
-            raise RuntimeError(f"{self.path}:{found.lines[index]}: the file changed after it was indexed ({error}); start again.") from None
+            raise SampleError(f"{self.path}:{found.lines[index]}: the file changed after it was indexed ({error}); start again.") from None
 
     def _tiles(self, record: Record, index: int) -> list[np.ndarray]:
         tiling = self.encoding.tiling.for_images(len(record.images))
@@ -253,6 +253,8 @@ class JsonlSource:
         total = self.path.stat().st_size
         with open(self.path, "rb") as stream:
             for number, offset, raw in jsontext.lines(stream):
+                if offset >= total:  # what is written meanwhile, or a file of /proc that has no end
+                    break
                 yield number, offset, raw
                 if self._progress is not None and number % 256 == 0:
                     self._progress(offset, total)

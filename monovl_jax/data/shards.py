@@ -331,7 +331,7 @@ class PreparedSource:
             path = self.folder / f"{shard_name(number)}.npz"
             try:
                 part = ShardIndex.load(path)
-            except (ValueError, OSError, KeyError, MemoryError, zipfile.BadZipFile) as error:
+            except Exception as error:  # NumPy and zipfile answer damage with errors of every kind
                 raise MetaError(f"{path} is no index of a shard ({type(error).__name__}: {error}); copy the folder again") from None
             sound = (part.columns >= -1).all() and (part.columns[:, 1:3] >= 0).all() and (part.sizes >= 1).all()
             if not sound or len(part.columns) != entry["records"] or part.columns[:, 2].sum() != len(part.sizes):

@@ -23,6 +23,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from monovl_jax import jsontext
+from monovl_jax.data.errors import SampleError
 
 FILES = (
     "tokenizer.json",
@@ -222,9 +223,16 @@ class Tokenizer:
         return cls(_JsonBackend(tokenizer), {"bos": bos, "eos": eos, "pad": pad, "unk": unk}, _template_prefix(tokenizer), None)
 
     def encode(self, text: str, *, prefix: bool = False) -> list[int]:
-        """Ids of the text, special tokens in it recognised; with `prefix` the reference's leading ids (BOS) come first."""
+        """Ids of the text, special tokens in it recognised; with `prefix` the reference's leading ids (BOS) come first.
+
+        Raises SampleError for a text that is none: half of a surrogate pair, as a terminal of another encoding gives.
+        """
         ids = self._cache.get(text)
         if ids is None:
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise SampleError("a text holds half of a surrogate pair, which is no character; write it as UTF-8.") from None
             ids = self._backend.encode(text)
             if len(text) <= _CACHED_CHARACTERS:
                 if len(self._cache) >= _CACHED_TEXTS:

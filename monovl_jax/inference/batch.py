@@ -31,6 +31,10 @@ WINDOW = 16
 """Batches of prompts that are looked at together and sorted by size."""
 
 
+BEGINNING = b'{"id": '
+"""Of every line that is written."""
+
+
 @runtime_checkable
 class PromptModel(Protocol):
     """What this needs of a loaded model (`monovl_jax.Pretrained` has it)."""
@@ -84,24 +88,22 @@ def parse_job(text: str | bytes, line: int, image_root: Path) -> Job:
 
 
 def finished_answers(target: Path) -> dict[str | int, dict[str, Any]]:
-    """{id: line} of what the output file has already. A last line that was cut off is removed from the file.
+    """{id: line} of what the output file has already. A last line of ours that was cut off is removed from the file.
 
-    Raises BatchError for any other line that is not one of ours.
+    Raises BatchError for any other line that is not one of ours; the file stays as it is then.
     """
     if not target.exists():
         return {}
     done, good = {}, 0
     with open(target, "r+b") as file:
         for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n") and (line.startswith(BEGINNING) or BEGINNING.startswith(line)):
+                break  # cut off
             try:
-                entry: Any = jsontext.loads(line) if line.endswith(b"\n") else None
+                entry: Any = jsontext.loads(line)
                 done[entry["id"]] = entry
             except (ValueError, TypeError, KeyError):
-                if file.read(1):
-                    raise BatchError(
-                        f"{target}, line {number}: not a line of answers; give another output file, or mend or remove the line"
-                    ) from None
-                break
+                raise BatchError(f"{target}, line {number}: not a line of answers; give another output file, or remove the line") from None
             good += len(line)
         file.truncate(good)
     return done

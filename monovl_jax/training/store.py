@@ -28,6 +28,7 @@ from jax.sharding import SingleDeviceSharding
 from monovl_jax import jsontext
 from monovl_jax.config import ModelConfig
 from monovl_jax.parallel import fingerprint
+from monovl_jax.parallel.saved_folders import check_folder
 from monovl_jax.training.files import CHECKSUM, AnyPath, is_intact, is_remote, place, remove_tree, sealed, write_json
 from monovl_jax.training.trainable import TrainableError, Tree, check_tree
 
@@ -112,6 +113,7 @@ def save_tree(path: AnyPath, tree: Tree) -> None:
 
 def saved_shapes(path: AnyPath) -> Any:
     """The tree of an Orbax folder as ShapeDtypeStructs; nothing of the arrays is read."""
+    check_folder(path)
     with ocp.StandardCheckpointer() as checkpointer:
         metadata: Any = checkpointer.metadata(path)
     tree = getattr(metadata, "item_metadata", metadata).tree
@@ -120,12 +122,14 @@ def saved_shapes(path: AnyPath) -> Any:
 
 def load_tree(path: AnyPath, target: Any) -> Any:
     """A tree as it was saved, placed as the ShapeDtypeStructs of `target` say."""
+    check_folder(path)
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(path, target)
 
 
 def load_part(path: AnyPath, target: Any) -> Any:
     """The leaves of an Orbax folder for which `target` has a ShapeDtypeStruct with a sharding; others are `ocp.PLACEHOLDER` there."""
+    check_folder(path)
     arguments = ocp.checkpoint_utils.construct_restore_args(target)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         return checkpointer.restore(path, args=ocp.args.PyTreeRestore(item=target, restore_args=arguments))
@@ -402,6 +406,7 @@ class StageStore:
         """What was saved beside the arrays of a step. Raises DamagedError when it cannot be read."""
         folder = self.step_folder(step)
         with reading(folder, self._mend(step)):
+            check_folder(folder / "meta")
             with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
                 meta = checkpointer.restore(folder / "meta")
         fields = {"format": int, "stage": str, "step": int, "base": str, "leaves": dict}

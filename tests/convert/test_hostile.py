@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 
 from monovl_jax import jsontext
 from monovl_jax.convert import checkpoint, folders
+from monovl_jax.convert.checkpoint import load_imported
 from monovl_jax.convert.errors import WeightsError
 from monovl_jax.convert.exporter import export_model, export_params
 from monovl_jax.convert.importer import import_model
@@ -315,3 +316,28 @@ def test_one_name_twice_among_very_many() -> None:
     entries = [f'"t{i}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for i in range(100_000)]
     with pytest.raises(jsontext.JsonError, match="'t7' appears twice"):
         jsontext.loads("{" + ",".join([*entries, entries[7]]) + "}", unique_keys=True)
+
+
+def test_a_header_whose_entry_is_a_list(tmp_path: Path) -> None:
+    """The library in Rust takes it for an object."""
+    header = json.dumps({"a": ["F32", [2], [0, 8]]}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(WeightsError, match=r"is no readable safetensors file"):
+        WeightFiles(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["pipe", "deep", "chunk"])
+def test_imported_folders_that_would_stop_orbax(src: Path, tmp_path: Path, damage: str) -> None:
+    """Without a look at the digests too."""
+    imported = import_model(src, tmp_path / "imported")
+    files = sorted(path for path in (imported / "params").rglob("*") if path.is_file())
+    if damage == "chunk":
+        largest = max(files, key=lambda path: path.stat().st_size)
+        largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    else:
+        path = next(path for path in files if path.name in ("_METADATA", ".zarray", "zarr.json"))
+        path.unlink()
+        os.mkfifo(path) if damage == "pipe" else path.write_text("[" * 100_000)
+    for verify in (True, False):
+        with pytest.raises(WeightsError):
+            load_imported(imported, CONFIG, verify=verify)

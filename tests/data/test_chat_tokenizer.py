@@ -217,3 +217,10 @@ def test_folders_without_a_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match="cannot be read"):
         Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_half_a_surrogate_is_no_text(kind: str) -> None:
+    template = TEMPLATES["internvl2_5" if kind != "tiny" else "compact"]
+    with pytest.raises(SampleError, match="half of a surrogate pair"):
+        encode_prompt([Turn("user", "a\udcffb")], template, tokenizer_named(kind))

@@ -203,3 +203,16 @@ def test_tar_roots(tmp_path: Path) -> None:
     (tmp_path / "chain.tar").write_bytes((bytes(header) + b"a\0".ljust(512, b"\0")) * 5_000)
     with pytest.raises(RootError, match=r"chain\.tar"):
         open_pictures(tmp_path / "**.tar")
+
+
+def test_a_flipped_bit_of_a_png_is_found(tmp_path: Path) -> None:
+    """Also where the compressed pixels still decode."""
+    stream = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(stream, "PNG", compress_level=0)
+    whole = stream.getvalue()
+    assert load_image("a.png", data=whole).size == (40, 40)
+    for at in range(60, len(whole) - 20, 97):
+        damaged = bytearray(whole)
+        damaged[at] ^= 1
+        with pytest.raises(SampleError):
+            load_image("a.png", data=bytes(damaged))

@@ -175,3 +175,12 @@ def test_another_model_has_another_fingerprint() -> None:
         assert made.fingerprint() != first
     finally:
         made.params = params
+
+
+@pytest.mark.parametrize("content", ["hello\n", "hello", '{"a": 1}\n', '{"answer": "x"', '{"id": 1}\n{"id"  : 2'])
+def test_a_file_of_somebody_else_is_not_cut(source: Path, content: str) -> None:
+    """Only a line of ours can have been cut off."""
+    (source.parent / "out.jsonl").write_text(content)
+    with pytest.raises(BatchError, match="not a line of answers"):
+        run(source)
+    assert (source.parent / "out.jsonl").read_text() == content

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -405,6 +406,25 @@ def test_missing_pieces_of_orbax_folders(run: Path, where: str, piece: str) -> N
     if (where, piece) != ("base", "_METADATA"):  # that is only needed to learn the shapes
         with pytest.raises(DamagedError, match=r"is damaged"):
             StageStore(run, "S0").restore_base(target(FROZEN)) if where == "base" else restored(run, 6)
+    assert [bool(verdict.problems) for verdict in verify(run)] == [where == "base", False, where != "base"]
+
+
+@pytest.mark.parametrize("where", ["base", "steps/6/state", "steps/6/meta"])
+@pytest.mark.parametrize("damage", ["pipe", "device", "deep"])
+def test_orbax_never_opens_what_would_stop_it(run: Path, where: str, damage: str) -> None:
+    """A pipe waits for ever, a device has no end, and JSON of 100,000 brackets ends the process."""
+    folder = run / "stages/S0" / where
+    path = folder / "metadata" if where.endswith("meta") else folder / "_METADATA"
+    path.unlink()
+    if damage == "pipe":
+        os.mkfifo(path)
+    elif damage == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.with_name("zarr.json").write_text("[" * 100_000)
+    store = StageStore(run, "S0")
+    with pytest.raises(DamagedError, match="is damaged"):
+        store.restore_base(target(FROZEN)) if where == "base" else restored(run, 6)
     assert [bool(verdict.problems) for verdict in verify(run)] == [where == "base", False, where != "base"]
 
 
