@@ -600,7 +600,7 @@ def _prefer_huge_pages() -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def _quiet_closed_loops() -> None:
+def quiet_closed_loops() -> None:
     """Orbax gives up at the first array that cannot be read; what it had begun then finds its event loop closed, and Python prints a trace
     of that from another thread, before the sentence that tells what is wrong."""
     told = sys.unraisablehook
@@ -615,7 +615,7 @@ def _quiet_closed_loops() -> None:
 def main() -> None:
     """Entry point of the console script."""
     _prefer_huge_pages()
-    _quiet_closed_loops()
+    quiet_closed_loops()
     plain = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)  # `convert import --dtype`, not `command:import --command.dtype`
     words = "Monolithic vision-language models in JAX."
     try:

@@ -96,7 +96,10 @@ def finished_answers(target: Path) -> dict[str | int, dict[str, Any]]:
         return {}
     done, good = {}, 0
     with open(target, "r+b") as file:
-        for number, line in enumerate(file, 1):
+        size = os.fstat(file.fileno()).st_size
+        for number, offset, line in jsontext.lines(file):
+            if offset >= size:  # a file of /proc, which has no end
+                raise BatchError(f"{target} is no file that answers can be written to; give another output file")
             if not line.endswith(b"\n") and (line.startswith(BEGINNING) or BEGINNING.startswith(line)):
                 break  # cut off
             try:
@@ -104,7 +107,7 @@ def finished_answers(target: Path) -> dict[str | int, dict[str, Any]]:
                 done[entry["id"]] = entry
             except (ValueError, TypeError, KeyError):
                 raise BatchError(f"{target}, line {number}: not a line of answers; give another output file, or remove the line") from None
-            good += len(line)
+            good = offset + len(line)
         file.truncate(good)
     return done
 
