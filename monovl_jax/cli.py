@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import sys
@@ -600,9 +601,13 @@ def _prefer_huge_pages() -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def quiet_closed_loops() -> None:
-    """Orbax gives up at the first array that cannot be read; what it had begun then finds its event loop closed, and Python prints a trace
-    of that from another thread, before the sentence that tells what is wrong."""
+def quiet_orbax() -> None:
+    """Lets one sentence tell what is wrong with a checkpoint.
+
+    Orbax logs pages about it. And it gives up at the first array that cannot be read; what it had begun then finds its event loop closed,
+    and Python prints a trace of that from another thread.
+    """
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     told = sys.unraisablehook
 
     def tell(unraisable: Any) -> None:
@@ -615,7 +620,7 @@ def quiet_closed_loops() -> None:
 def main() -> None:
     """Entry point of the console script."""
     _prefer_huge_pages()
-    quiet_closed_loops()
+    quiet_orbax()
     plain = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)  # `convert import --dtype`, not `command:import --command.dtype`
     words = "Monolithic vision-language models in JAX."
     try:

@@ -150,7 +150,7 @@ def test_a_closed_event_loop_is_not_told(monkeypatch: pytest.MonkeyPatch) -> Non
     """Orbax leaves one behind when an array cannot be read; other errors that nobody can catch are still told."""
     told: list[str] = []
     monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: told.append(str(unraisable.exc_value)))
-    cli.quiet_closed_loops()
+    cli.quiet_orbax()
     for error in (RuntimeError("Event loop is closed"), RuntimeError("another"), ValueError("Event loop is closed")):
         sys.unraisablehook(types.SimpleNamespace(exc_value=error))  # pyright: ignore[reportArgumentType]
     assert told == ["another", "Event loop is closed"]

@@ -94,21 +94,19 @@ def finished_answers(target: Path) -> dict[str | int, dict[str, Any]]:
     """
     if not target.exists():
         return {}
-    done, good = {}, 0
+    done: dict[str | int, dict[str, Any]] = {}
+    if not target.stat().st_size:  # nothing is there yet, or it is a file of /proc, which may have no end
+        return done
     with open(target, "r+b") as file:
-        size = os.fstat(file.fileno()).st_size
         for number, offset, line in jsontext.lines(file):
-            if offset >= size:  # a file of /proc, which has no end
-                raise BatchError(f"{target} is no file that answers can be written to; give another output file")
             if not line.endswith(b"\n") and (line.startswith(BEGINNING) or BEGINNING.startswith(line)):
-                break  # cut off
+                file.truncate(offset)  # cut off
+                break
             try:
                 entry: Any = jsontext.loads(line)
                 done[entry["id"]] = entry
             except (ValueError, TypeError, KeyError):
                 raise BatchError(f"{target}, line {number}: not a line of answers; give another output file, or remove the line") from None
-            good = offset + len(line)
-        file.truncate(good)
     return done
 
 

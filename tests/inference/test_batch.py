@@ -184,3 +184,11 @@ def test_a_file_of_somebody_else_is_not_cut(source: Path, content: str) -> None:
     with pytest.raises(BatchError, match="not a line of answers"):
         run(source)
     assert (source.parent / "out.jsonl").read_text() == content
+
+
+def test_blank_lines_of_the_answers_stay(source: Path) -> None:
+    run(source)
+    target = source.parent / "out.jsonl"
+    content = target.read_text() + "\n  \n"
+    target.write_text(content)
+    assert len(finished_answers(target)) == 5 and target.read_text() == content

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from experiments.reliability.fuzzing.mutations import SECRET, Files, Mutation, read_folder, write_folder
-from monovl_jax.cli import quiet_closed_loops
+from monovl_jax.cli import quiet_orbax
 
 Kind = Literal["refused", "accepted", "crash", "hang", "memory", "wrong"]
 FAILURES: tuple[Kind, ...] = ("crash", "hang", "memory", "wrong")
@@ -216,7 +216,7 @@ def _work(reader: Reader, valid: Path, home: Path, seed: int, limits: Limits, co
     """What a process does: reads the valid input, then every input that it is told, until it is told None."""
     said = os.fdopen(os.open(home / f"{os.getpid()}.stderr", os.O_RDWR | os.O_CREAT), "w+b", buffering=0)
     os.dup2(said.fileno(), 2)
-    quiet_closed_loops()  # as every command does
+    quiet_orbax()  # as every command does
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     place = home / str(os.getpid())
     try:
