@@ -607,7 +607,8 @@ def quiet_orbax() -> None:
     Orbax logs pages about it. And it gives up at the first array that cannot be read; what it had begun then finds its event loop closed,
     and Python prints a trace of that from another thread.
     """
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     told = sys.unraisablehook
 
     def tell(unraisable: Any) -> None:
